@@ -1,0 +1,1 @@
+"""Applications on top of fastdiff; the Gradio demo will live here."""

@@ -1,0 +1,1 @@
+"""Sparse self-attention for any diffusers pipeline."""
