@@ -1,1 +1,34 @@
-"""Attention operators: tensors and a plan in, a tensor out; knows no model and no method."""
+"""Attention operators: tensors and a plan in, a tensor out. Needs torch (and triton on GPUs), knows no model."""
+
+from .attention import attention, backends, choose_backend
+from .errors import FastDiffError, InvalidInputError, MissingDependencyError, UnsupportedError
+from .layout import Grid, Span, TokenLayout
+from .order import Side, centred, natural_order, raster_order, snake_order
+from .plan import EMPTY, FULL, PARTIAL, BlockList, BlockPlan, visibility_bits
+from .rule import Rule, RuleKind
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "BlockList",
+    "BlockPlan",
+    "FastDiffError",
+    "Grid",
+    "InvalidInputError",
+    "MissingDependencyError",
+    "Rule",
+    "RuleKind",
+    "Side",
+    "Span",
+    "TokenLayout",
+    "UnsupportedError",
+    "attention",
+    "backends",
+    "centred",
+    "choose_backend",
+    "natural_order",
+    "raster_order",
+    "snake_order",
+    "visibility_bits",
+]

@@ -1,0 +1,65 @@
+"""The methods: which scores to compute. Each is a frozen config that builds its plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout
+
+from .base import MethodConfig
+from .planner import Planner
+from .radial import RadialConfig
+
+METHODS: dict[str, type[MethodConfig]] = {RadialConfig.method: RadialConfig}
+
+__all__ = ["METHODS", "MethodConfig", "RadialConfig", "build_plan", "load_config", "planner_for"]
+
+
+def load_config(source: MethodConfig | Mapping | str | Path, method: str | None = None) -> MethodConfig:
+    """Reads a config from what users have at hand.
+
+    Args:
+        source: A config, a dict, JSON text, or the path of a JSON file.
+        method: The method of a source that does not name its own.
+
+    Raises:
+        InvalidInputError: If it cannot be read, names an unknown method or setting, or is out of range.
+    """
+    if isinstance(source, MethodConfig):
+        return source
+    data = dict(source) if isinstance(source, Mapping) else _read_json(source)
+    name = data.get("method", method)
+    if name is None:
+        raise InvalidInputError(f'the config names no method; add "method", one of {", ".join(METHODS)}.')
+    if name not in METHODS:
+        raise InvalidInputError(f"method is {name!r}; allowed are {', '.join(METHODS)}.")
+    return METHODS[name].from_dict(data)
+
+
+def _read_json(source: str | Path) -> dict:
+    text, where = str(source), "the config"
+    if not text.lstrip().startswith("{"):
+        where = f"the config file {source}"
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(f"{where} cannot be read ({error}); give JSON text or a JSON file.") from error
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidInputError(f"{where} is no valid JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise InvalidInputError(f'{where} must be a JSON object, such as {{"method": "radial"}}.')
+    return data
+
+
+def planner_for(config: MethodConfig) -> Planner:
+    """The planner that the patches floor drives."""
+    return Planner(config)
+
+
+def build_plan(config: MethodConfig, layout: TokenLayout, device: str = "cpu") -> BlockPlan:
+    """A method's plan for a layout, uncached."""
+    return config.build_plan(layout).to(device)

@@ -1,0 +1,71 @@
+"""What every method's config can do: be checked, travel as JSON, and build its plan for a layout."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout
+
+
+@dataclass(frozen=True)
+class MethodConfig(ABC):
+    """Base of the methods' configs: frozen, hashable, JSON in and out.
+
+    Attributes:
+        method: The method's name, the `"method"` key of the JSON form.
+        version: Version of the JSON form; a newer one is refused.
+    """
+
+    method: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def build_plan(self, layout: TokenLayout) -> BlockPlan:
+        """The plan for one layout, on the CPU.
+
+        Raises:
+            UnsupportedError: If the method has no meaning on this layout.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method, "version": self.version, **asdict(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MethodConfig:
+        """The inverse of `to_dict`; keys left out take their defaults.
+
+        Raises:
+            InvalidInputError: If a key is unknown, a value out of range, or the version too new.
+        """
+        values = dict(data)
+        method, version = values.pop("method", cls.method), values.pop("version", cls.version)
+        if method != cls.method:
+            raise InvalidInputError(f"this config is for the method {method!r}, not for {cls.method!r}.")
+        if version != cls.version:
+            raise InvalidInputError(
+                f"this {cls.method} config has the version {version!r}; this fastdiff reads version {cls.version}."
+            )
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise InvalidInputError(f"{cls.method} has no setting {key!r}; it has {', '.join(known)}.")
+        return cls(**values)
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises InvalidInputError unless `value` is a number from `low` to `high`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise InvalidInputError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple) -> None:
+    """Raises InvalidInputError unless `value` is one of `allowed`, type included."""
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
+        raise InvalidInputError(f"{name} is {value!r}; allowed are {', '.join(map(str, allowed))}.")

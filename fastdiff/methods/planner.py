@@ -1,0 +1,77 @@
+"""Turns a config into what the patches floor asks for: cached plans and the attention call."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+
+from fastdiff_kernels import BlockPlan, TokenLayout, attention
+
+from .base import MethodConfig
+
+
+class PlanCache:
+    """Plans by key, least recently used first out, under a limit of bytes.
+
+    Args:
+        limit_bytes: More bytes than this are dropped from the cache; plans still in use live on elsewhere.
+    """
+
+    def __init__(self, limit_bytes: int = 2**30):
+        self.limit_bytes = limit_bytes
+        self._plans: OrderedDict[Hashable, BlockPlan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, build: Callable[[], BlockPlan]) -> BlockPlan:
+        with self._lock:
+            if key not in self._plans:
+                self._plans[key] = build()
+            self._plans.move_to_end(key)
+            held = sum(plan.nbytes for plan in self._plans.values())
+            while held > self.limit_bytes and len(self._plans) > 1:
+                held -= self._plans.popitem(last=False)[1].nbytes
+            return self._plans[key]
+
+
+_shared_cache = PlanCache()
+
+
+class Planner:
+    """One method at work on one model; see `fastdiff_patches.planner.Planner` for the protocol.
+
+    Args:
+        config: The method's settings.
+        cache: Where plans are kept; all planners share one by default, and so their equal plans.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, config: MethodConfig, cache: PlanCache | None = None):
+        self.config = config
+        self._cache = _shared_cache if cache is None else cache
+
+    def plan(
+        self,
+        layout: TokenLayout,
+        *,
+        layer: int,
+        step: int | None,
+        steps: int | None,
+        heads: int,
+        head_dim: int,
+        device: torch.device,
+    ) -> BlockPlan:
+        """The plan of one layer at one step; the identical object wherever it is the same."""
+        key = (self.config, layout, torch.device(device))
+        return self._cache.get(key, lambda: self.config.build_plan(layout).to(device))
+
+    def parameters(self, *, layer: int, heads: int, head_dim: int) -> torch.nn.Module | None:
+        """What the method learns in one layer; nothing here."""
+        return None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, extras) -> torch.Tensor:
+        """Attention of one call; `extras` has `scale`, `key_mask` and `backend`."""
+        return attention(q, k, v, plan, scale=extras.scale, key_mask=extras.key_mask, backend=extras.backend)

@@ -1,0 +1,145 @@
+"""The public function: checks its input, chooses a backend, calls the operator."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from .errors import InvalidInputError, MissingDependencyError, UnsupportedError
+from .ops import block_sparse
+from .plan import BlockPlan
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the pairs that a plan computes.
+
+    Args:
+        q: Queries `[batch, query tokens, heads, head_dim]`, any strides with a contiguous head_dim.
+        k, v: Keys and values `[batch, key tokens, heads, head_dim]`, of the dtype and device of `q`.
+        plan: What to compute. It may lie on any device; a copy on the device of `q` is the faster one.
+        scale: Factor of the scores, 1 / sqrt(head_dim) by default.
+        key_mask: Which keys exist, bool `[batch, key tokens]`: padding that differs by sample.
+        return_lse: Also return the log-sum-exp of the scores.
+        backend: `"triton"` (fastest, GPUs), `"torch"` (any device, skips the same blocks), `"reference"` (dense
+            with a mask: the truth, slow), or `"auto"`: triton on a GPU where it is installed, else torch.
+
+    Returns:
+        Output of the shape and dtype of `q`, zero where a query sees no key; with `return_lse` also the natural
+        log-sum-exp, float32 `[batch, heads, query tokens]`, -inf where a query sees no key.
+
+    Raises:
+        InvalidInputError: If shapes, dtypes, devices or the backend's name do not fit.
+        UnsupportedError: If the backend cannot take this dtype, device or head dim.
+        MissingDependencyError: If triton is asked for and not installed.
+    """
+    if not torch.compiler.is_compiling():
+        _check(q, k, v, plan, key_mask)
+    chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, lse = block_sparse(q, k, v, plan.handle, key_mask, scale, return_lse, chosen)
+    return (out, lse) if return_lse else out
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that will run: `"triton"`, `"torch"` or `"reference"`.
+
+    Raises:
+        InvalidInputError: If there is no such backend.
+        UnsupportedError: If it was asked for by name and cannot run here.
+        MissingDependencyError: If triton is asked for and not installed.
+    """
+    if backend not in BACKENDS:
+        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+    if backend in ("torch", "reference"):
+        return backend
+    if backend == "auto" and (device.type != "cuda" or not _has_triton()):
+        return "torch"
+    if not _has_triton():
+        raise MissingDependencyError("backend 'triton' needs the triton package: pip install triton.")
+    if device.type != "cuda" and not _interpreted():
+        raise UnsupportedError(
+            f"backend 'triton' runs on GPUs and the tensors are on {device.type}; use backend='torch', or set "
+            "TRITON_INTERPRET=1 before triton is imported to test it slowly on the CPU."
+        )
+    fits = dtype in TRITON_DTYPES and head_dim % 8 == 0 and 16 <= head_dim <= MAX_HEAD_DIM
+    if fits:
+        return "triton"
+    if backend == "auto":
+        return "torch"
+    raise UnsupportedError(
+        f"backend 'triton' got head_dim {head_dim} in {dtype}; it takes multiples of 8 from 16 to {MAX_HEAD_DIM} in "
+        "float32, float16 or bfloat16. Use backend='torch' for others."
+    )
+
+
+def backends() -> list[tuple[str, bool, str]]:
+    """Every backend as (name, can run here, why)."""
+    if not _has_triton():
+        triton = (False, "triton is not installed (pip install triton)")
+    elif torch.cuda.is_available():
+        triton = (True, f"default on {torch.cuda.get_device_name()}")
+    elif _interpreted():
+        triton = (True, "in Triton's interpreter on the CPU: for tests, very slow")
+    else:
+        triton = (False, "no GPU that Triton can use was found")
+    default = "" if triton[0] and torch.cuda.is_available() else "default here; "
+    return [
+        ("triton", *triton),
+        ("torch", True, default + "any device, skips what the plan skips"),
+        ("reference", True, "dense with a mask: the truth for tests, slow"),
+    ]
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check(q, k, v, plan, key_mask) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise InvalidInputError(f"{name} has the shape {list(x.shape)}; give [batch, tokens, heads, head_dim].")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise InvalidInputError(
+                f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; give all three alike."
+            )
+    if not q.dtype.is_floating_point:
+        raise InvalidInputError(f"q, k and v are {q.dtype}; give floating-point tensors.")
+    batch, tokens, heads, dim = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, dim):
+        raise InvalidInputError(
+            f"q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}; batch, heads and head_dim must be "
+            "equal, and k and v of one shape. Repeat grouped key-value heads first."
+        )
+    if tokens != plan.query_tokens or k.shape[1] != plan.key_tokens:
+        raise InvalidInputError(
+            f"q has {tokens} tokens and k {k.shape[1]}; this plan is for {plan.query_tokens} and {plan.key_tokens}. "
+            "Build the plan from the layout of this call."
+        )
+    if plan.heads not in (None, heads):
+        raise InvalidInputError(f"q has {heads} heads; this plan has lists for {plan.heads}.")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, k.shape[1])):
+        raise InvalidInputError(
+            f"key_mask is {key_mask.dtype} {list(key_mask.shape)}; give bool [{batch}, {k.shape[1]}], True where a "
+            "key exists."
+        )

@@ -1,0 +1,237 @@
+"""Block-sparse attention in Triton: the forward kernel and its launcher. Truth: reference.py.
+
+For query block i, with full blocks F(i), partial blocks P(i) and the in-block rule R,
+
+    out_i = sum_j softmax_j(scale q_i k_j) v_j    over j in F(i), and over the pairs of P(i) where R holds,
+
+by an online softmax in base 2. Queries are read and outputs written through the plan's token order; keys and values
+are brought into that order once, so that each key block is one contiguous piece.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from .plan import BlockPlan
+from .rule import BOX_HEADER, METRIC_HEADER, RuleKind
+from .tuning import forward_tile, shared_memory_of
+
+# Triton captures module globals as compile-time constants only in this type.
+_METRIC, _BOX, _BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
+_METRIC_HEADER, _BOX_HEADER = tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_HEADER)
+_LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _box_holds(rule, query, key, axis_start, axis_length):
+    first = tl.load(rule + axis_start + query)
+    last = tl.load(rule + axis_start + axis_length + query)
+    return (first[:, None] <= key[None, :]) & (key[None, :] <= last[:, None])
+
+
+@triton.jit
+def _visible(q_table, k_table, q_slots, k_slots, rule, word, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which pairs of a tile of a partial block are computed, bool [queries, keys]."""
+    span = tl.load(k_table + k_slots * 5 + 3)
+    whole = (tl.load(q_table + q_slots * 5 + 3)[:, None] & span[None, :]) != 0
+    holds = (tl.load(q_table + q_slots * 5 + 4)[:, None] & span[None, :]) != 0
+    if (RULE == _METRIC) | (RULE == _BOX):
+        q_t = tl.load(q_table + q_slots * 5)
+        q_y = tl.load(q_table + q_slots * 5 + 1)
+        q_x = tl.load(q_table + q_slots * 5 + 2)
+        k_t = tl.load(k_table + k_slots * 5)
+        k_y = tl.load(k_table + k_slots * 5 + 1)
+        k_x = tl.load(k_table + k_slots * 5 + 2)
+        if RULE == _METRIC:
+            a = tl.load(rule)
+            b = tl.load(rule + 1)
+            sink_frames = tl.load(rule + 2)
+            dt = q_t[:, None] - k_t[None, :]
+            dy = q_y[:, None] - k_y[None, :]
+            dx = q_x[:, None] - k_x[None, :]
+            limit = tl.load(rule + _METRIC_HEADER + tl.abs(dt))
+            holds = holds & ((a * dy * dy + b * dx * dx < limit) | (k_t[None, :] < sink_frames))
+        else:
+            length_t = tl.load(rule)
+            length_y = tl.load(rule + 1)
+            length_x = tl.load(rule + 2)
+            start_y = _BOX_HEADER + 2 * length_t
+            holds = holds & _box_holds(rule, q_t, k_t, _BOX_HEADER, length_t)
+            holds = holds & _box_holds(rule, q_y, k_y, start_y, length_y)
+            holds = holds & _box_holds(rule, q_x, k_x, start_y + 2 * length_y, length_x)
+    elif RULE == _BITS:
+        query_side = tl.load(rule)
+        key_side = tl.load(rule + 1)
+        columns = tl.load(rule + 2)
+        place = ((q_slots % BLOCK_Q) // query_side * columns)[:, None] + ((k_slots % BLOCK_K) // key_side)[None, :]
+        holds = holds & (((word >> place) & 1) != 0)
+    return whole | holds
+
+
+@triton.jit
+def _accumulate(
+    acc, row_max, row_sum, q, q_slots, k, v, key_mask, q_table, k_table, rule, bits, indices, start, end,
+    k_stride, v_stride, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr, RULE: tl.constexpr, PARTIAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds the key blocks indices[start:end] of one list to the online softmax."""
+    dims = tl.arange(0, BLOCK_D)
+    tiles: tl.constexpr = BLOCK_K // TILE_K
+    for step in range(start * tiles, end * tiles):
+        entry = step // tiles
+        block = tl.load(indices + entry)
+        k_slots = block * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
+        rows = k_slots.to(tl.int64)[:, None]
+        if BLOCK_D == HEAD_DIM:
+            key = tl.load(k + rows * k_stride + dims[None, :])
+            value = tl.load(v + rows * v_stride + dims[None, :])
+        else:
+            key = tl.load(k + rows * k_stride + dims[None, :], mask=dims[None, :] < HEAD_DIM, other=0.0)
+            value = tl.load(v + rows * v_stride + dims[None, :], mask=dims[None, :] < HEAD_DIM, other=0.0)
+        if EXACT:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
+        if PARTIAL:
+            word = 0
+            if RULE == _BITS:
+                word = tl.load(bits + entry)
+            visible = _visible(q_table, k_table, q_slots, k_slots, rule, word, RULE, BLOCK_Q, BLOCK_K)
+            scores = tl.where(visible, scores, float("-inf"))
+        if HAS_KEY_MASK:
+            exists = tl.load(key_mask + k_slots) != 0
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen no key yet has no maximum: any finite one keeps its weights at 0 instead of NaN.
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max) if PARTIAL or HAS_KEY_MASK else new_max
+        weights = tl.exp2(scores - finite_max[:, None])
+        shrink = tl.exp2(row_max - finite_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, out, lse, key_mask,
+    q_order, q_table, k_table, launch_order,
+    full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
+    q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
+    out_stride_b, out_stride_n, out_stride_h,
+    heads, q_tokens, q_blocks, q_slots_of_head, k_slots_of_head, k_slots_in_all, list_step, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, RULE: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, KEY_MASK_OF_HEAD: tl.constexpr, WRITE_LSE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    tiles: tl.constexpr = BLOCK_Q // TILE_Q
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    which = head * list_step
+    row = tl.load(launch_order + which * q_blocks + tl.program_id(0) // tiles)
+
+    q_slots = row * BLOCK_Q + (tl.program_id(0) % tiles) * TILE_Q + tl.arange(0, TILE_Q)
+    tokens = tl.load(q_order + head * q_slots_of_head + q_slots)
+    exists = tokens >= 0
+    rows = tokens.to(tl.int64)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    inside = exists[:, None] & (dims < HEAD_DIM)
+    batch64 = batch.to(tl.int64)
+    head64 = head.to(tl.int64)
+    query = tl.load(q + batch64 * q_stride_b + head64 * q_stride_h + rows * q_stride_n + dims, mask=inside, other=0.0)
+    if EXACT:
+        query = query.to(tl.float32)
+
+    k += batch64 * k_stride_b + head64 * k_stride_h
+    v += batch64 * v_stride_b + head64 * v_stride_h
+    q_table += head64 * q_slots_of_head * 5
+    k_table += head64 * k_slots_of_head * 5
+    if HAS_KEY_MASK:
+        key_mask += (batch64 * (heads if KEY_MASK_OF_HEAD else 1) + (head64 if KEY_MASK_OF_HEAD else 0)) * k_slots_in_all
+    acc = tl.zeros([TILE_Q, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([TILE_Q], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([TILE_Q], dtype=tl.float32)
+    offset = which * (q_blocks + 1) + row
+    acc, row_max, row_sum = _accumulate(
+        acc, row_max, row_sum, query, q_slots, k, v, key_mask, q_table, k_table, rule, bits,
+        full_indices, tl.load(full_offsets + offset), tl.load(full_offsets + offset + 1),
+        k_stride_n, v_stride_n, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, RULE, False, HAS_KEY_MASK, EXACT,
+    )  # fmt: skip
+    acc, row_max, row_sum = _accumulate(
+        acc, row_max, row_sum, query, q_slots, k, v, key_mask, q_table, k_table, rule, bits,
+        partial_indices, tl.load(partial_offsets + offset), tl.load(partial_offsets + offset + 1),
+        k_stride_n, v_stride_n, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, RULE, True, HAS_KEY_MASK, EXACT,
+    )  # fmt: skip
+
+    # Queries without keys: output 0, log-sum-exp -inf (their maximum still is).
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    result = acc / row_sum[:, None]
+    place = out + batch64 * out_stride_b + head64 * out_stride_h + rows * out_stride_n + dims
+    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+    if WRITE_LSE:
+        row_lse = (row_max + tl.log2(row_sum)) * _LN2
+        tl.store(lse + (batch64 * heads + head64) * q_tokens + tokens, row_lse, mask=exists)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the forward kernel; arguments as in `attention`.
+
+    Returns:
+        Output `[batch, query tokens, heads, head_dim]` and log-sum-exp `[batch, heads, query tokens]`, the latter
+        unwritten unless `return_lse`.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, tokens) if return_lse else (1,), dtype=torch.float32, device=q.device)
+    k, v = (_in_order(x, plan.key.order) for x in (k, v))
+    if key_mask is not None:
+        slots = key_mask[:, plan.key.order.clamp(min=0).long()]
+        key_mask = (slots & (plan.key.order >= 0)).to(torch.int8).contiguous()
+
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_q, block_k = plan.query.block, plan.key.block
+    tile = forward_tile(block_q, block_k, block_d, q.dtype, shared_memory_of(q.device))
+    grid = (plan.query_blocks * (block_q // tile.queries), batch * heads)
+    _forward_kernel[grid](
+        q, k, v, out, lse, out if key_mask is None else key_mask,
+        plan.query.order, plan.query.table, plan.key.table, plan.launch_order,
+        plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices, plan.rule.parameters, plan.bits,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        heads, tokens, plan.query_blocks,
+        plan.query.slots if plan.query.order.shape[0] > 1 else 0,
+        plan.key.slots if plan.key.order.shape[0] > 1 else 0,
+        plan.key.slots, int(plan.lists > 1), scale / math.log(2),
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k,
+        TILE_Q=tile.queries, TILE_K=tile.keys, RULE=int(plan.rule.kind),
+        HAS_KEY_MASK=key_mask is not None, KEY_MASK_OF_HEAD=plan.key.order.shape[0] > 1, WRITE_LSE=return_lse,
+        # The interpreter's bfloat16 product is wrong without an error, so it computes in float32.
+        EXACT=os.environ.get("TRITON_INTERPRET") == "1",
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Tokens to slots: `[batch, tokens, heads, head_dim]` to `[batch, slots, heads, head_dim]`."""
+    # Padding slots take token 0: any finite value does, since no rule lets them be seen.
+    place = order.clamp(min=0).long()
+    if place.shape[0] == 1:
+        return x.index_select(1, place[0])
+    place = place.t()[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3])
+    return x.gather(1, place)

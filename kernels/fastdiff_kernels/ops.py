@@ -1,0 +1,94 @@
+"""torch operators of fastdiff_kernels: schemas, fake kernels, autograd. Imports no triton; kernels load on use."""
+
+from __future__ import annotations
+
+import torch
+
+from .plan import plan_of
+from .portable import portable
+from .reference import reference
+
+
+def _forward(q, k, v, handle, key_mask, scale, return_lse, backend) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = plan_of(handle).to(q.device)
+    if backend == "triton":
+        from .block_sparse import forward
+
+        out, lse = forward(q, k, v, plan, scale, key_mask, return_lse)
+    elif backend == "torch":
+        out, lse = portable(q, k, v, plan, scale, key_mask, return_lse)
+    else:
+        out, lse = reference(q, k, v, plan, scale, key_mask)
+    if not return_lse:
+        lse = q.new_empty(0, dtype=torch.float32)
+    return out.contiguous(), lse.to(torch.float32)
+
+
+@torch.library.custom_op("fastdiff::block_sparse", mutates_args=())
+def block_sparse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    return_lse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[batch, query tokens, heads, head_dim]`, and log-sum-exp `[batch, heads, query tokens]` or nothing."""
+    with torch.no_grad():
+        return _forward(q, k, v, handle, key_mask, scale, return_lse, backend)
+
+
+@block_sparse.register_fake
+def _(q, k, v, handle, key_mask, scale, return_lse, backend):
+    batch, tokens, heads, _ = q.shape
+    shape = (batch, heads, tokens) if return_lse else (0,)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastdiff::block_sparse_backward", mutates_args=())
+def block_sparse_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    handle: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, recomputed through the portable path (or through the reference, if that was used)."""
+    plan = plan_of(handle).to(q.device)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        if backend == "reference":
+            out, lse = reference(*inputs, plan, scale, key_mask)
+        else:
+            out, lse = portable(*inputs, plan, scale, key_mask, return_lse=grad_lse is not None)
+    outputs, grads = [out], [grad]
+    if grad_lse is not None:
+        outputs, grads = [out, lse], [grad, grad_lse.to(lse.dtype)]
+    return tuple(x.contiguous() for x in torch.autograd.grad(outputs, inputs, grads))
+
+
+@block_sparse_backward.register_fake
+def _(grad, grad_lse, q, k, v, handle, key_mask, scale, backend):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, handle, key_mask, scale, return_lse, backend = inputs
+    ctx.save_for_backward(q, k, v, handle, key_mask)
+    ctx.scale, ctx.return_lse, ctx.backend = scale, return_lse, backend
+
+
+def _backward(ctx, grad, grad_lse):
+    q, k, v, handle, key_mask = ctx.saved_tensors
+    grad_lse = grad_lse if ctx.return_lse else None
+    grads = block_sparse_backward(grad, grad_lse, q, k, v, handle, key_mask, ctx.scale, ctx.backend)
+    return (*grads, None, None, None, None, None)
+
+
+block_sparse.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,304 @@
+"""BlockPlan: what a block-sparse kernel has to do, as lists of key blocks for each query block."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+import torch
+
+from .errors import InvalidInputError
+from .layout import TokenLayout
+from .order import GridOrder, Side, natural_order
+from .rule import Rule, RuleKind, classify, pairs_visible
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+_numbers = itertools.count(1)
+_plans: weakref.WeakValueDictionary[int, BlockPlan] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class BlockList:
+    """For each head (or once for all) and query block its key blocks, ascending, as compressed rows.
+
+    Attributes:
+        offsets: Where each row starts in `indices`, int32 `[lists, query blocks + 1]`.
+        indices: Key blocks of all rows, int32 `[entries]`.
+    """
+
+    offsets: torch.Tensor
+    indices: torch.Tensor
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor) -> BlockList:
+        lists, rows, _ = mask.shape
+        counts = mask.sum(-1)
+        ends = counts.flatten().cumsum(0).reshape(lists, rows)
+        offsets = torch.cat([(ends[:, :1] - counts[:, :1]), ends], dim=1)
+        return cls(offsets.to(torch.int32), mask.nonzero()[:, 2].to(torch.int32))
+
+    def to(self, device) -> BlockList:
+        return BlockList(self.offsets.to(device), self.indices.to(device))
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Entries of each row, int32 `[lists, query blocks]`."""
+        return self.offsets.diff(dim=1)
+
+    def mask(self, key_blocks: int) -> torch.Tensor:
+        """bool `[lists, query blocks, key blocks]`."""
+        lists, rows = self.counts.shape
+        row = torch.repeat_interleave(self.counts.flatten().long())
+        mask = torch.zeros(lists * rows, key_blocks, dtype=torch.bool, device=self.indices.device)
+        mask[row, self.indices.long()] = True
+        return mask.reshape(lists, rows, key_blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Which key blocks each query block computes whole, and which by an in-block rule.
+
+    A plan is immutable, holds no S x S tensor, and knows neither the method that made it nor the model.
+
+    Attributes:
+        query, key: The two sides: token order, block size, and the table that the rules read.
+        full: Key blocks computed without a test.
+        partial: Key blocks computed with the in-block rule.
+        rule: The in-block rule, see rule.py.
+        bits: For a BITS rule the bitmap of each partial entry, int32 `[entries]`; else empty.
+        launch_order: Query blocks, those with the longest rows first, int32 `[lists, query blocks]`.
+        handle: The plan's number as a 0-d int64 CPU tensor: operators take it instead of the plan, so that
+            compiled code is the same for all layers.
+    """
+
+    query: Side
+    key: Side
+    full: BlockList
+    partial: BlockList
+    rule: Rule
+    bits: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    launch_order: torch.Tensor = field(init=False)
+    handle: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        if self.rule.kind == RuleKind.BITS and len(self.bits) != len(self.partial.indices):
+            raise InvalidInputError(
+                f"a BITS plan needs one bitmap for each of its {len(self.partial.indices)} partial blocks; "
+                f"{len(self.bits)} were given."
+            )
+        work = self.full.counts + self.partial.counts
+        longest_first = work.argsort(dim=1, descending=True, stable=True).to(torch.int32)
+        number = next(_numbers)
+        object.__setattr__(self, "launch_order", longest_first)
+        object.__setattr__(self, "handle", torch.tensor(number))
+        _plans[number] = self
+
+    def __deepcopy__(self, memo) -> BlockPlan:
+        return self
+
+    def __reduce__(self):
+        return BlockPlan, tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
+    @classmethod
+    def from_rule(
+        cls,
+        layout: TokenLayout,
+        rule: Rule,
+        *,
+        block_q: int,
+        block_k: int,
+        grid_order: GridOrder = natural_order,
+    ) -> BlockPlan:
+        """A plan whose truth is a token-level METRIC or BOX rule between grid spans.
+
+        Args:
+            layout: Spans of both sides and who sees whom.
+            rule: The rule where the layout says `"rule"`.
+            block_q, block_k: Slots in a query and in a key block.
+            grid_order: Order of the tokens of a grid span; text keeps its own.
+        """
+        query_bits, key_bits = visibility_bits(layout)
+        query = Side.arrange(layout.query, block_q, query_bits, grid_order)
+        key = Side.arrange(layout.key, block_k, key_bits, grid_order)
+        touched, whole = classify(rule, query.boxes(), key.boxes())
+        # Spans fill whole blocks, so the first slot of a block speaks for all of it.
+        query_first, key_first = query.table[0, ::block_q], key.table[0, None, ::block_k, 3]
+        seen_whole = (query_first[:, None, 3] & key_first) != 0
+        by_rule = (query_first[:, None, 4] & key_first) != 0
+        state = torch.where(by_rule, touched.to(torch.uint8) + (touched & whole).to(torch.uint8), 0)
+        state = torch.where(seen_whole, FULL, state)
+        return cls.from_states(query, key, state[None], rule)
+
+    @classmethod
+    def from_states(
+        cls, query: Side, key: Side, state: torch.Tensor, rule: Rule, bits: torch.Tensor | None = None
+    ) -> BlockPlan:
+        """A plan from the state (EMPTY, PARTIAL or FULL) of every pair of blocks.
+
+        Args:
+            query, key: The two sides.
+            state: Integers `[1 or heads, query blocks, key blocks]`. Full key blocks with padding become partial.
+            rule: The rule of the partial blocks.
+            bits: For a BITS rule the bitmap of every pair of blocks, int32, of the shape of `state`.
+        """
+        if state.dim() != 3 or state.shape[1:] != (query.blocks, key.blocks):
+            raise InvalidInputError(
+                f"state has the shape {list(state.shape)}; this plan needs [lists, {query.blocks}, {key.blocks}]."
+            )
+        padded = key.padded_blocks()[:, None, :]
+        partial = (state == PARTIAL) | ((state == FULL) & padded)
+        full = (state == FULL) & ~padded
+        extra = {}
+        if rule.kind == RuleKind.BITS:
+            if bits is None:
+                raise InvalidInputError("a BITS rule needs the bitmaps of its partial blocks.")
+            extra["bits"] = torch.where(state == FULL, -1, bits)[partial].to(torch.int32)
+        return cls(query, key, BlockList.from_mask(full), BlockList.from_mask(partial), rule, **extra)
+
+    def to(self, device) -> BlockPlan:
+        """The same plan on another device (itself, if it is there)."""
+        if torch.device(device) == self.device:
+            return self
+        parts = (part.to(device) for part in (self.query, self.key, self.full, self.partial, self.rule, self.bits))
+        return BlockPlan(*parts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.full.indices.device
+
+    @property
+    def lists(self) -> int:
+        """1 where all heads share their lists, else the number of heads."""
+        return self.full.offsets.shape[0]
+
+    @property
+    def heads(self) -> int | None:
+        """How many heads the plan is for; None fits any number."""
+        return next((n for n in (self.lists, self.query.order.shape[0], self.key.order.shape[0]) if n > 1), None)
+
+    @property
+    def query_tokens(self) -> int:
+        return self.query.tokens
+
+    @property
+    def key_tokens(self) -> int:
+        return self.key.tokens
+
+    @property
+    def query_blocks(self) -> int:
+        return self.query.blocks
+
+    @property
+    def key_blocks(self) -> int:
+        return self.key.blocks
+
+    @cached_property
+    def full_blocks(self) -> int:
+        """Full blocks of all lists."""
+        return len(self.full.indices)
+
+    @cached_property
+    def partial_blocks(self) -> int:
+        """Partial blocks of all lists."""
+        return len(self.partial.indices)
+
+    @cached_property
+    def longest_row(self) -> int:
+        """Key blocks of the query block that has most."""
+        return int((self.full.counts + self.partial.counts).max())
+
+    @property
+    def mean_row(self) -> float:
+        """Key blocks of a query block on average."""
+        return (self.full_blocks + self.partial_blocks) / (self.lists * self.query_blocks)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.query.order, self.query.table, self.key.order, self.key.table, self.rule.parameters]
+        tensors += [self.full.offsets, self.full.indices, self.partial.offsets, self.partial.indices]
+        return sum(t.nbytes for t in (*tensors, self.bits, self.launch_order))
+
+    def density(self) -> float:
+        """Area of the computed tiles / (query tokens x key tokens); padding can push it above 1."""
+        computed = (self.full_blocks + self.partial_blocks) * self.query.block * self.key.block
+        return computed / (self.lists * self.query_tokens * self.key_tokens)
+
+    def draw(self, head: int = 0) -> torch.Tensor:
+        """The block map of one head: 0 empty, 1 partial, 2 full, uint8 `[query blocks, key blocks]`."""
+        which = head % self.lists
+        partial = self.partial.mask(self.key_blocks)[which]
+        full = self.full.mask(self.key_blocks)[which]
+        return (partial * PARTIAL + full * FULL).to(torch.uint8).cpu()
+
+    def visible_keys(self, query_token: int, head: int = 0) -> torch.Tensor:
+        """The keys that one query token attends to, bool `[key tokens]`.
+
+        Raises:
+            InvalidInputError: If there is no such token.
+        """
+        if not 0 <= query_token < self.query_tokens:
+            raise InvalidInputError(f"query token {query_token} does not exist; there are {self.query_tokens}.")
+        orders = self.query.order.shape[0]
+        slot = int((self.query.order[head % orders] == query_token).nonzero()[0])
+        row = slot // self.query.block
+        visible = self.slot_mask(head, row)[slot % self.query.block]
+        order = self.key.order[head % self.key.order.shape[0]].long()
+        keys = torch.zeros(self.key_tokens, dtype=torch.bool, device=self.device)
+        keys[order[visible]] = True
+        return keys
+
+    def slot_mask(self, head: int, row: int) -> torch.Tensor:
+        """Which key slots the slots of one query block see, bool `[block_q, key slots]`."""
+        which = head % self.lists
+        block_q, block_k = self.query.block, self.key.block
+        mask = torch.zeros(block_q, self.key_blocks, block_k, dtype=torch.bool, device=self.device)
+        full = self.row(self.full, which, row)
+        mask[:, full] = True
+        mask[:, self.row(self.partial, which, row)] = self.partial_mask(head, row)
+        return mask.reshape(block_q, -1)
+
+    def row(self, blocks: BlockList, which: int, row: int) -> torch.Tensor:
+        """Key blocks of one row of a list, int64 `[entries]`."""
+        start, end = blocks.offsets[which, row : row + 2].tolist()
+        return blocks.indices[start:end].long()
+
+    def partial_mask(self, head: int, row: int) -> torch.Tensor:
+        """What the rule says of one query block and its partial key blocks, bool `[block_q, entries, block_k]`."""
+        which, block_q, block_k = head % self.lists, self.query.block, self.key.block
+        start, end = self.partial.offsets[which, row : row + 2].tolist()
+        query = self.query.table[head % self.query.table.shape[0], row * block_q : (row + 1) * block_q]
+        key = self.key.table[head % self.key.table.shape[0]].unflatten(0, (-1, block_k))
+        key = key[self.partial.indices[start:end].long()]
+        bits = self._expand_bits(self.bits[start:end]) if self.rule.kind == RuleKind.BITS else None
+        return pairs_visible(self.rule, query[None], key, bits).transpose(0, 1)
+
+    def _expand_bits(self, words: torch.Tensor) -> torch.Tensor:
+        query_side, key_side, columns = self.rule.parameters.tolist()
+        rows = torch.arange(self.query.block, device=words.device) // query_side
+        place = rows[:, None] * columns + torch.arange(self.key.block, device=words.device) // key_side
+        return (words[:, None, None] >> place & 1).bool()
+
+
+def plan_of(handle: torch.Tensor) -> BlockPlan:
+    """The plan that a handle names.
+
+    Raises:
+        InvalidInputError: If that plan no longer exists.
+    """
+    plan = _plans.get(int(handle))
+    if plan is None:
+        raise InvalidInputError(f"plan {int(handle)} no longer exists; keep the BlockPlan alive while it is in use.")
+    return plan
+
+
+def visibility_bits(layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns 3 and 4 of the query table and of the key table for each span, int32 `[spans, 2]`."""
+    query = [
+        [sum(1 << k for k, cell in enumerate(row) if cell == kind) for kind in ("all", "rule")]
+        for row in layout.visibility
+    ]
+    key = [[0 if span.kind == "pad" else 1 << k, 0] for k, span in enumerate(layout.key)]
+    return torch.tensor(query, dtype=torch.int32), torch.tensor(key, dtype=torch.int32)
