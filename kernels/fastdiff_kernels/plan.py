@@ -57,7 +57,7 @@ class BlockList:
         return mask.reshape(lists, rows, key_blocks)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockPlan:
     """Which key blocks each query block computes whole, and which by an in-block rule.
 
@@ -95,6 +95,10 @@ class BlockPlan:
         object.__setattr__(self, "launch_order", longest_first)
         object.__setattr__(self, "handle", torch.tensor(number))
         _plans[number] = self
+
+    def __repr__(self) -> str:
+        blocks = f"{self.query_blocks}x{self.key_blocks} blocks of {self.query.block}x{self.key.block}"
+        return f"BlockPlan({self.lists} lists, {blocks}, {self.rule.kind.name}, density {self.density():.4f})"
 
     def __deepcopy__(self, memo) -> BlockPlan:
         return self

@@ -1,0 +1,236 @@
+"""Measures the finished tiny Wan folder through the stock pipeline: prompts, VAE fidelity, contact sheet."""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny_world import COLOURS, HEADINGS, MOTIONS, PAIRED, SHAPES, Scene, render, sample_scene
+from tiny_world_recover import recover
+from torch import Tensor
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How much to measure. `rows` are the contact sheet's prompts with frames, height and width."""
+
+    prompts: int
+    frames: int
+    size: int
+    steps: int
+    guidance: float
+    batch: int
+    vae_frames: tuple[int, ...]
+    vae_clips: int
+    rows: tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and what it asks for; None where it does not say, or where it is not measured."""
+
+    prompt: str
+    colours: frozenset[str]
+    shape: str | None = None
+    direction: str | None = None
+
+
+def requests(count: int) -> list[Request]:
+    """A fixed list that walks through colours, shapes and headings; every fourth prompt has two objects."""
+    colours, headings = list(COLOURS), list(HEADINGS)[:4]
+    listed = []
+    for index in range(count):
+        colour, shape = colours[index % 8], SHAPES[index % len(SHAPES)]
+        article = "an" if colour == "orange" else "a"
+        if index % 4 < 3:
+            heading = headings[(index // 3) % 4]
+            text = f"{article} {colour} {shape} moving {heading}"
+            listed.append(Request(text, frozenset([colour]), shape, heading))
+            continue
+        other = colours[(index + 2 + index // 8) % 8 if (2 + index // 8) % 8 else (index + 1) % 8]
+        second = f"{'an' if other == 'orange' else 'a'} {other} {SHAPES[(index + 2) % len(SHAPES)]}"
+        first = f"{article} {colour} {shape}"
+        text = f"{first} passing behind {second}" if index % 8 == 7 else f"{first} and {second} colliding"
+        listed.append(Request(text, frozenset([colour, other])))
+    return listed
+
+
+def evaluate(folder: Path, results: Path, plan: Evaluation, seed: int, device: torch.device, record: dict) -> dict:
+    """Writes `tiny-wan-eval.json` and `tiny-wan-contact-sheet.png` into `results`.
+
+    Args:
+        record: what the training stages noted; goes into the file as it is.
+    """
+    began = time.perf_counter()
+    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    report = {
+        "seed": seed,
+        "settings": {
+            "steps": plan.steps,
+            "guidance": plan.guidance,
+            "frames": plan.frames,
+            "size": plan.size,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "parameters": {
+            name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters())
+            for name in ("vae", "transformer", "text_encoder")
+        },
+        "training": record,
+        "vae": _vae(pipe.vae, plan, seed),
+    }
+    log.info("VAE: %s", report["vae"])
+    stock = pipe.scheduler
+    report["prompts"] = {type(stock).__name__: _prompts(pipe, plan, seed)}
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=stock.config.flow_shift)
+    report["prompts"]["FlowMatchEulerDiscreteScheduler"] = _prompts(pipe, plan, seed)
+    pipe.scheduler = stock
+    log.info("prompts: %s", {name: part["rates"] for name, part in report["prompts"].items()})
+    _contact_sheet(pipe, plan, seed, results / "tiny-wan-contact-sheet.png")
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    (results / "tiny-wan-eval.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def draw_losses(losses: dict[str, list[tuple[int, float]]], results: Path) -> None:
+    """Writes `tiny-wan-loss.json` and `tiny-wan-loss.png`, one panel for each stage."""
+    (results / "tiny-wan-loss.json").write_text(json.dumps(losses) + "\n")
+    figure, axes = plt.subplots(1, len(losses), figsize=(3.2 * len(losses), 2.8), squeeze=False)
+    for axis, (name, curve) in zip(axes[0], losses.items(), strict=True):
+        axis.plot(*zip(*curve, strict=True))
+        axis.set(title=name, yscale="log", xlabel="iteration")
+    figure.tight_layout()
+    figure.savefig(results / "tiny-wan-loss.png", dpi=110)
+    plt.close(figure)
+
+
+def _generate(
+    pipe: WanPipeline, prompts: Sequence[str], frames: int, size: tuple[int, int], plan: Evaluation, seed: int
+) -> Tensor:
+    """`[prompts, 3, frames, height, width]` in [-1, 1]; the seed counts up with the prompts."""
+    device = pipe.transformer.device
+    video = pipe(
+        list(prompts),
+        height=size[0],
+        width=size[1],
+        num_frames=frames,
+        num_inference_steps=plan.steps,
+        guidance_scale=plan.guidance,
+        generator=[torch.Generator(device).manual_seed(seed + index) for index in range(len(prompts))],
+        output_type="pt",
+    ).frames
+    return video.transpose(1, 2) * 2 - 1
+
+
+def _prompts(pipe: WanPipeline, plan: Evaluation, seed: int) -> dict:
+    """Rates of obeyed prompts and every single verdict."""
+    asked = requests(plan.prompts)
+    verdicts = []
+    for first in range(0, len(asked), plan.batch):
+        chunk = asked[first : first + plan.batch]
+        size = (plan.size, plan.size)
+        videos = _generate(pipe, [item.prompt for item in chunk], plan.frames, size, plan, seed + first)
+        for item, video in zip(chunk, videos, strict=True):
+            seen = recover(video)
+            verdicts.append(
+                {
+                    "prompt": item.prompt,
+                    "colours": sorted(seen.colours),
+                    "colour_right": seen.colours == item.colours,
+                    "shape": seen.shape,
+                    "shape_right": None if item.shape is None else seen.shape == item.shape,
+                    "direction": seen.direction,
+                    "direction_right": None if item.direction is None else seen.direction == item.direction,
+                }
+            )
+    single = [verdict for verdict in verdicts if verdict["shape_right"] is not None]
+    pairs = [verdict for verdict in verdicts if verdict["shape_right"] is None]
+    rates = {name: _rate(single, f"{name}_right") for name in ("colour", "shape", "direction")}
+    return {"rates": {**rates, "pair_colours": _rate(pairs, "colour_right")}, "verdicts": verdicts}
+
+
+def _rate(verdicts: Sequence[dict], key: str) -> float | None:
+    return round(sum(verdict[key] for verdict in verdicts) / len(verdicts), 4) if verdicts else None
+
+
+@torch.no_grad()
+def _vae(vae: AutoencoderKLWan, plan: Evaluation, seed: int) -> dict:
+    """PSNR of the stock chunked code on unseen clips, and how well true and rebuilt clips are read back."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    fidelity = {}
+    for frames in plan.vae_frames:
+        video, coverage = render(sample_scene(plan.vae_clips, frames, plan.size, plan.size, generator), vae.device)
+        rebuilt = vae.decode(vae.encode(video).latent_dist.mode()).sample
+        # Peak to peak is 2, so a squared error of 4 is 0 dB.
+        error = (rebuilt - video).square()
+        whole, last = error.mean((1, 2, 3, 4)), error[:, :, -4:].mean((1, 2, 3, 4))
+        objects = (error * coverage).sum() / (3 * coverage.sum())
+        fidelity[str(frames)] = {
+            "psnr": _decibel(whole),
+            "psnr_last_frames": _decibel(last),
+            "psnr_objects": _decibel(objects[None]),
+        }
+    scene = sample_scene(plan.prompts, plan.frames, plan.size, plan.size, generator)
+    video, _ = render(scene, vae.device)
+    rebuilt = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in video.split(8)])
+    return {
+        "psnr_by_frames": fidelity,
+        "read_back_true": _read_back(scene, video),
+        "read_back_rebuilt": _read_back(scene, rebuilt),
+    }
+
+
+def _decibel(error: Tensor) -> float:
+    return round(float((10 * torch.log10(4 / error.clamp(min=1e-12))).mean()), 2)
+
+
+def _read_back(scene: Scene, video: Tensor) -> dict:
+    """How often `recover` tells the truth about drawn clips."""
+    verdicts: dict[str, list[bool]] = {"colours": [], "shape": [], "direction": []}
+    for index in range(len(scene)):
+        seen, kind = recover(video[index]), list(MOTIONS)[scene.motion[index]]
+        items = 2 if kind in PAIRED else 1
+        verdicts["colours"].append(seen.colours == {list(COLOURS)[scene.colour[index, item]] for item in range(items)})
+        if items == 1:
+            verdicts["shape"].append(seen.shape == SHAPES[scene.shape[index, 0]])
+        if kind == "moving":
+            verdicts["direction"].append(seen.direction == list(HEADINGS)[scene.heading[index]])
+    return {name: round(float(np.mean(values)), 4) for name, values in verdicts.items() if values}
+
+
+def _contact_sheet(pipe: WanPipeline, plan: Evaluation, seed: int, path: Path) -> None:
+    """Six frames of every row's clip, the prompt above them."""
+    figure, axes = plt.subplots(len(plan.rows), 1, figsize=(7, 1.4 * len(plan.rows)), squeeze=False)
+    for axis, (prompt, frames, height, width) in zip(axes[:, 0], plan.rows, strict=True):
+        video = _generate(pipe, [prompt], frames, (height, width), plan, seed)[0]
+        shown = torch.linspace(0, video.shape[1] - 1, 6).round().long().tolist()
+        strip = torch.cat([torch.nn.functional.pad(video[:, frame], (0, 4), value=1) for frame in shown], 2)
+        axis.imshow(((strip.permute(1, 2, 0).clamp(-1, 1) + 1) / 2).float().cpu().numpy())
+        note = "" if (frames, height, width) == (plan.frames, plan.size, plan.size) else f" ({frames}x{height}x{width})"
+        axis.set_title(prompt + note, fontsize=8, pad=3)
+        axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

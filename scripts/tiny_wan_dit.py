@@ -1,0 +1,161 @@
+"""Trains the tiny Wan transformer and its text encoder on cached latents; it writes no file."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from causal_vae import Convolution, WholeClip
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from tiny_world import UNKNOWN, WORDS, describe, render, sample_scene
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from train_loop import Average, Fit, Rate, fit, optimiser
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+# WanPipeline pads every prompt to this many tokens with zeros and masks none of them.
+TEXT_TOKENS = 512
+# The longest caption of the grammar has 19 words; padding further would only cost time.
+CAPTION_TOKENS = 24
+CAPTIONS_PER_CLIP = 6
+CAPTION_DROPOUT = 0.1
+SHIFT = 3.0
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of one shape. `weight` is their share of the iterations, `chunk` how many are encoded at once."""
+
+    frames: int
+    height: int
+    width: int
+    clips: int
+    batch: int
+    weight: float
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Normalised bfloat16 latents `[clips, 16, frames, height, width]`, ids `[clips, captions, tokens]`."""
+
+    bucket: Bucket
+    latents: Tensor
+    tokens: Tensor
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the grammar, lower case, closed by `</s>`."""
+    vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", UNKNOWN, *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token=UNKNOWN,
+        model_max_length=TEXT_TOKENS,
+    )
+
+
+@torch.no_grad()
+def cache_latents(
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    buckets: Sequence[Bucket],
+    seed: int,
+    convolution: Convolution,
+    compiled: bool,
+) -> list[Cache]:
+    """Draws and encodes the clips of all buckets on the VAE's device."""
+    whole = WholeClip(vae, convolution, compiled)
+    device = vae.device
+    mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
+    deviation = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
+    generator, dice = torch.Generator().manual_seed(seed), random.Random(seed)
+    caches = []
+    for bucket in buckets:
+        latents, tokens = [], []
+        label = f"latents, {bucket.frames} frames {bucket.height}x{bucket.width}"
+        for _ in tqdm(range(0, bucket.clips, bucket.chunk), desc=label, mininterval=5):
+            scene = sample_scene(bucket.chunk, bucket.frames, bucket.height, bucket.width, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                encoded, _ = whole.encode(render(scene, device)[0])
+            latents.append(((encoded - mean) / deviation).to(torch.bfloat16))
+            texts = [describe(scene, index, dice) for index in range(bucket.chunk) for _ in range(CAPTIONS_PER_CLIP)]
+            tokens.append(_tokenize(tokenizer, texts).view(bucket.chunk, CAPTIONS_PER_CLIP, -1))
+        caches.append(Cache(bucket, torch.cat(latents), torch.cat(tokens).to(device)))
+    return caches
+
+
+def encode_text(encoder: UMT5EncoderModel, tokens: Tensor) -> Tensor:
+    """Text states `[batch, 512, dim]` as WanPipeline makes them: zero after the true length."""
+    seen = tokens != encoder.config.pad_token_id
+    # In this form the mask is taken as it is; a two-dimensional one may be read on the host at each step.
+    mask = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+    states = encoder(tokens, attention_mask=mask[:, None, None]).last_hidden_state * seen[..., None]
+    return F.pad(states, (0, 0, 0, TEXT_TOKENS - tokens.shape[1]))
+
+
+def train_dit(
+    transformer: WanTransformer3DModel,
+    encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    caches: Sequence[Cache],
+    iterations: int,
+    rate: Rate,
+    seed: int,
+    compiled: bool,
+    seconds: float | None = None,
+) -> Fit:
+    """Trains both models in place by flow matching and leaves their moving average in them."""
+    torch.manual_seed(seed)
+    device = transformer.device
+    if compiled:
+        # One block is compiled for each sequence length and serves all layers.
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    adam = optimiser([transformer, encoder], betas=(0.9, 0.99), decay=0.01)
+    average = Average([transformer, encoder], decay=0.999)
+    empty = _tokenize(tokenizer, [""]).to(device)
+    dice = random.Random(seed)
+    weights = [cache.bucket.weight for cache in caches]
+
+    def step() -> Tensor:
+        cache = dice.choices(caches, weights)[0]
+        return flow_loss(transformer, encoder, cache, empty)
+
+    transformer.train()
+    encoder.train()
+    result = fit("dit", adam, step, iterations, rate, average, seconds)
+    average.apply()
+    transformer.eval()
+    encoder.eval()
+    return result
+
+
+def flow_loss(transformer: WanTransformer3DModel, encoder: UMT5EncoderModel, cache: Cache, empty: Tensor) -> Tensor:
+    """Mean squared error of the velocity `noise - clip` for a random batch of one bucket."""
+    batch, device = cache.bucket.batch, cache.latents.device
+    chosen = torch.randint(len(cache.latents), (batch,), device=device)
+    clip = cache.latents[chosen].float()
+    tokens = cache.tokens[chosen, torch.randint(CAPTIONS_PER_CLIP, (batch,), device=device)]
+    dropped = torch.rand(batch, 1, device=device) < CAPTION_DROPOUT
+    tokens = torch.where(dropped, empty, tokens)
+
+    # One noise level from each of `batch` equal slices: the loss of a batch varies less.
+    uniform = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    noise = torch.randn_like(clip)
+    mixed = torch.lerp(clip, noise, sigma[:, None, None, None, None])
+    with torch.autocast(device.type, torch.bfloat16, enabled=clip.is_cuda):
+        text = encode_text(encoder, tokens)
+        velocity = transformer(mixed, sigma * 1000, text, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - clip)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    return tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt").input_ids

@@ -1,0 +1,50 @@
+"""A planner without kernels for tests of patches: a window of tokens, and a record of what it was asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(eq=False)
+class FakePlan:
+    mask: torch.Tensor
+
+    def density(self) -> float:
+        return self.mask.float().mean().item()
+
+
+@dataclass(eq=False)
+class FakePlanner:
+    """Each token sees those at most `window` places away; None sees all."""
+
+    window: int | None = 4
+    needs: frozenset[str] = frozenset()
+    asked: list[dict] = field(default_factory=list)
+    extras: list = field(default_factory=list)
+    learned: bool = False
+    _plans: dict = field(default_factory=dict)
+
+    def plan(self, layout, *, layer, step, steps, heads, head_dim, device):
+        self.asked.append({"layout": layout, "layer": layer, "step": step, "steps": steps, "heads": heads})
+        if layout not in self._plans:
+            place = torch.arange(layout.query_tokens)
+            near = (place[:, None] - place).abs() <= (layout.query_tokens if self.window is None else self.window)
+            self._plans[layout] = FakePlan(near.to(device))
+        return self._plans[layout]
+
+    def parameters(self, *, layer, heads, head_dim):
+        return torch.nn.Linear(2, 2) if self.learned else None
+
+    def attend(self, query, key, value, plan, extras):
+        if not torch.compiler.is_compiling():
+            self.extras.append(extras)
+        mask = plan.mask if extras.key_mask is None else plan.mask & extras.key_mask[:, None, None]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=extras.scale).transpose(1, 2)
+
+    def steps_asked(self) -> list[int | None]:
+        """The step of each forward that was sparse in layer 0 of some model."""
+        return [asked["step"] for asked in self.asked if asked["layer"] == 0]

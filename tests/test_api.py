@@ -1,0 +1,294 @@
+"""apply, remove and summary with the real radial method on tiny Wan pipelines; torch.compile."""
+
+import json
+import logging
+
+import pytest
+import torch
+from tiny_models import call_arguments, model_inputs, tiny_wan, tiny_wan_pipeline
+
+import fastdiff
+from fastdiff_kernels import InvalidInputError, UnsupportedError
+from fastdiff_patches.attachment import find
+
+torch.set_num_threads(1)
+
+# On the tiny grids of these tests only bands of single tokens skip anything.
+NARROW = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=32)
+WIDE = fastdiff.RadialConfig(block_size=32)
+
+
+def video(pipe, **more) -> torch.Tensor:
+    return pipe(**call_arguments(**{"steps": 3, "height": 96, "width": 160, **more})).frames
+
+
+def forward(model, **more) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**model_inputs(**{"frames": 5, "height": 12, "width": 20, **more}))[0]
+
+
+@pytest.fixture
+def pipe():
+    return tiny_wan_pipeline()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_wan()
+
+
+def test_apply_and_remove_around_a_run(pipe):
+    dense = video(pipe)
+    assert fastdiff.apply(pipe, NARROW) is pipe
+    sparse = video(pipe)
+    assert not torch.allclose(sparse, dense, atol=1e-4)
+    assert torch.equal(video(pipe), sparse)
+    assert fastdiff.remove(pipe) is pipe
+    assert torch.equal(video(pipe), dense)
+    assert torch.equal(video(fastdiff.remove(pipe)), dense)
+
+
+def test_full_density_equals_the_untouched_model(model):
+    size = {"frames": 2, "height": 10, "width": 14, "batch": 2}
+    dense = forward(model, **size)
+    fastdiff.apply(model, WIDE)
+    torch.testing.assert_close(forward(model, **size), dense, atol=2e-6, rtol=1e-5)
+
+
+def test_all_dense_steps_equal_the_untouched_pipeline(pipe):
+    dense = video(pipe)
+    fastdiff.apply(pipe, NARROW, dense_steps=3)
+    assert torch.equal(video(pipe), dense)
+    fastdiff.apply(pipe, NARROW, dense_steps=2)
+    assert not torch.equal(video(pipe), dense)
+
+
+def test_all_dense_layers_equal_the_untouched_pipeline(pipe):
+    dense = video(pipe)
+    fastdiff.apply(pipe, NARROW, dense_layers=[0, -1])
+    assert torch.equal(video(pipe), dense)
+
+
+@pytest.mark.parametrize("options", [{"two_experts": True}, {"image_to_video": True}], ids=["two experts", "i2v"])
+def test_other_wan_pipelines(options):
+    pipe = tiny_wan_pipeline(**options)
+    more = {"image": torch.rand(1, 3, 96, 160)} if "image_to_video" in options else {"steps": 4}
+    dense = video(pipe, **more)
+    fastdiff.apply(pipe, NARROW, dense_steps=1)
+    assert not torch.allclose(video(pipe, **more), dense, atol=1e-4)
+    assert len(fastdiff.summary(pipe).models) == (2 if "two_experts" in options else 1)
+    fastdiff.remove(pipe)
+    assert torch.equal(video(pipe, **more), dense)
+
+
+def test_every_size_in_one_pipeline(pipe):
+    fastdiff.apply(pipe, NARROW)
+    for size in ({"height": 48, "width": 80}, {"height": 80, "width": 112, "num_frames": 17}, {"num_frames": 1}):
+        assert video(pipe, steps=1, **size).isfinite().all()
+    assert len(fastdiff.summary(pipe).models[0].grids) == 3
+
+
+def test_apply_twice_replaces_and_says_so(pipe, caplog):
+    dense = video(pipe)
+    fastdiff.apply(pipe, WIDE)
+    with caplog.at_level(logging.WARNING, logger="fastdiff"):
+        fastdiff.apply(pipe, NARROW, dense_layers=1)
+    assert "replaced" in caplog.text
+    assert fastdiff.summary(pipe).models[0].config == NARROW.to_dict()
+    once = video(pipe)
+    fastdiff.remove(pipe)
+    fastdiff.apply(pipe, NARROW, dense_layers=1)
+    assert torch.equal(video(pipe), once)
+    fastdiff.remove(pipe)
+    assert torch.equal(video(pipe), dense)
+
+
+def test_a_failing_apply_changes_nothing(pipe):
+    fastdiff.apply(pipe, NARROW)
+    before = dict(pipe.transformer.attn_processors)
+    for arguments in ({"dense_layers": 3}, {"dense_steps": -1}, {"backend": "cuda"}):
+        with pytest.raises(InvalidInputError):
+            fastdiff.apply(pipe, WIDE, **arguments)
+    with pytest.raises(InvalidInputError):
+        fastdiff.apply(pipe, {"method": "magic"})
+    assert pipe.transformer.attn_processors == before
+    assert fastdiff.summary(pipe).models[0].config == NARROW.to_dict()
+
+
+def test_two_pipelines_with_their_own_configs():
+    one, other = tiny_wan_pipeline(seed=1), tiny_wan_pipeline(seed=1)
+    dense = video(one)
+    fastdiff.apply(one, NARROW)
+    sparse = video(one)
+    fastdiff.apply(other, fastdiff.RadialConfig(decay_factor=0.5, near_width=0.3, block_size=32), dense_steps=2)
+    video(other)
+    assert torch.equal(video(one), sparse)
+    fastdiff.remove(one)
+    assert torch.equal(video(one), dense)
+    assert fastdiff.summary(other).models[0].config is not None
+
+
+def test_pipelines_that_share_a_model_share_a_config(pipe):
+    other = type(pipe)(**pipe.components)
+    fastdiff.apply(pipe, NARROW)
+    with pytest.raises(InvalidInputError, match="fastdiff.remove first"):
+        fastdiff.apply(other, WIDE)
+    fastdiff.apply(other, NARROW)
+    assert find(pipe.transformer).steps.pipes() == [pipe, other]
+    fastdiff.apply(other, NARROW, dense_steps=1)
+    assert torch.equal(video(pipe), video(other))
+    fastdiff.remove(other)
+    assert find(pipe.transformer) is None
+
+
+def test_after_the_first_pipeline_is_gone_another_may_apply(pipe):
+    import gc
+
+    parts = pipe.components
+    fastdiff.apply(pipe, NARROW)
+    other = type(pipe)(**parts)
+    del pipe
+    gc.collect()
+    fastdiff.apply(other, WIDE)
+    assert fastdiff.summary(other).models[0].config == WIDE.to_dict()
+
+
+def test_a_bare_model_takes_no_dense_steps(model):
+    with pytest.raises(InvalidInputError, match="no scheduler to tell the step"):
+        fastdiff.apply(model, NARROW, dense_steps=1)
+    fastdiff.apply(model, NARROW, dense_steps=0)
+
+
+@pytest.mark.parametrize("form", ["dict", "json", "file"])
+def test_forms_of_the_config(model, form, tmp_path):
+    config = {"dict": NARROW.to_dict(), "json": NARROW.to_json(), "file": tmp_path / "config.json"}[form]
+    (tmp_path / "config.json").write_text(NARROW.to_json())
+    fastdiff.apply(model, config)
+    assert fastdiff.summary(model).models[0].config == NARROW.to_dict()
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(UnsupportedError, match="Linear is not described"):
+        fastdiff.apply(torch.nn.Linear(1, 1), NARROW)
+    with pytest.raises(InvalidInputError, match="holds no model"):
+        fastdiff.apply("pipe", NARROW)
+
+
+def test_backends_agree(model):
+    found = []
+    for backend in ("torch", "reference"):
+        fastdiff.apply(model, NARROW, backend=backend)
+        found.append(forward(model))
+    torch.testing.assert_close(*found, atol=2e-6, rtol=1e-5)
+
+
+def test_lora_gradients_reach_the_adapters(model):
+    peft = pytest.importorskip("peft")
+    fastdiff.apply(model, NARROW)
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], lora_alpha=2))
+    model.enable_gradient_checkpointing()
+    model.train()
+    model(**model_inputs(frames=5, height=12, width=20))[0].square().mean().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained)
+
+
+def test_a_saved_pipeline_is_a_stock_one(pipe, tmp_path):
+    fastdiff.apply(pipe, NARROW)
+    sparse = video(pipe)
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert not torch.equal(video(again), sparse)
+    fastdiff.apply(again, NARROW)
+    assert torch.equal(video(again), sparse)
+
+
+def test_summary_before_and_after_a_run(pipe):
+    assert "not patched" in str(fastdiff.summary(pipe))
+    fastdiff.apply(pipe, NARROW, dense_steps=1, dense_layers=1)
+    model = fastdiff.summary(pipe).models[0]
+    assert model.mean_density is None
+    assert "known after the first forward" in str(model)
+    assert model.runs_on == "torch"
+
+    planned = fastdiff.summary(pipe, grid="3x6x10", steps=4).models[0]
+    video(pipe, steps=4)
+    model = fastdiff.summary(pipe).models[0]
+    assert model == fastdiff.summary(pipe, grid="3x6x10").models[0]
+    assert (planned.mean_density, planned.layers) == (model.mean_density, model.layers)
+    first, second = model.layers
+    assert (first.dense, first.density, first.why) == (True, 1.0, "named by dense_layers")
+    assert not second.dense
+    assert second.density < 1
+    assert model.mean_density == pytest.approx(1 / 4 + 3 / 4 * (1 + second.density) / 2)
+    assert model.grids == ("3x6x10",)
+    text = str(fastdiff.summary(pipe))
+    for part in ("method=radial", "dense_steps=1", "blocks.0.attn1: dense", "blocks.1.attn1: sparse", "over layers"):
+        assert part in text
+    json.dumps(fastdiff.summary(pipe).to_dict())
+
+
+def test_summary_of_a_bad_grid(pipe):
+    with pytest.raises(InvalidInputError, match="grid is"):
+        fastdiff.summary(pipe, grid="large")
+
+
+class TestCompiled:
+    """One graph for all layers, one more for the dense state, none over steps, sizes permitting."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.fixture
+    def pipe(self):
+        return tiny_wan_pipeline(layers=12)
+
+    @staticmethod
+    def graphs() -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.parametrize("way", ["torch.compile", "model.compile", "blocks"])
+    def test_a_run(self, pipe, way, backend):
+        dense = video(pipe)
+        fastdiff.apply(pipe, NARROW)
+        sparse = video(pipe)
+        compile_as(pipe, way, backend)
+        torch.testing.assert_close(video(pipe), sparse, atol=1e-4, rtol=1e-3)
+        assert self.graphs() == 1
+        fastdiff.apply(pipe, NARROW, dense_steps=1, dense_layers=1)
+        mixed = video(pipe)
+        # Whole models have one graph per pattern of dense layers, blocks one per state.
+        count = self.graphs()
+        assert count <= 3
+        assert torch.equal(video(pipe), mixed)
+        assert self.graphs() == count
+        fastdiff.remove(pipe)
+        torch.testing.assert_close(video(pipe), dense, atol=1e-4, rtol=1e-3)
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+    def test_layers_of_unequal_plans_share_a_graph(self, pipe):
+        model = pipe.transformer
+        fastdiff.apply(model, NARROW)
+        compile_as(pipe, "blocks", "eager")
+        attached = find(model)
+        configs = [fastdiff.RadialConfig(decay_factor=index / 12, block_size=32) for index in range(12)]
+        attached.planner.plan = lambda layout, *, layer, **_: configs[layer].build_plan(layout)
+        forward(model)
+        assert self.graphs() == 1
+
+
+def compile_as(pipe, way, backend) -> None:
+    if way == "torch.compile":
+        pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
+    elif way == "model.compile":
+        pipe.transformer.compile(fullgraph=True, backend=backend)
+    else:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)

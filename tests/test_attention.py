@@ -1,0 +1,206 @@
+"""Every backend against the reference: odd shapes, text, padding masks, empty rows, poisoned memory, bad input."""
+
+import pytest
+import torch
+
+from fastdiff_kernels import (
+    BlockPlan,
+    Grid,
+    InvalidInputError,
+    Rule,
+    TokenLayout,
+    UnsupportedError,
+    attention,
+    choose_backend,
+    snake_order,
+)
+from plans import box_rule, metric_plan, random_bits_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("torch", "triton")
+
+
+def draw(plan, heads=2, dim=32, dtype=torch.float32, batch=2, seed=0):
+    """Random q, k, v as a processor hands them over: transposed views, so not contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (plan.query_tokens, plan.key_tokens, plan.key_tokens)
+    inputs = (torch.randn(batch, heads, n, dim, generator=generator) for n in lengths)
+    return [x.to(DEVICE, dtype).transpose(1, 2) for x in inputs]
+
+
+def assert_matches(plan, inputs, backend, **options):
+    """Equal to the float64 reference within the error of a reference of the inputs' own dtype."""
+    dtype = inputs[0].dtype
+    out, lse = attention(*inputs, plan, backend=backend, return_lse=True, **options)
+    exact = [x.double() for x in inputs]
+    truth, true_lse = attention(*exact, plan, backend="reference", return_lse=True, **options)
+    assert out.shape == inputs[0].shape
+    assert out.dtype == dtype
+    error = (out.double() - truth).norm() / truth.norm()
+    assert error < {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(lse.double(), true_lse, atol=2e-2 if dtype == torch.bfloat16 else 3e-3, rtol=0)
+    without_lse = attention(*inputs, plan, backend=backend, **options)
+    torch.testing.assert_close(without_lse, out, atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (5, 0), (0, 19)])
+@pytest.mark.parametrize("grid", [Grid(3, 5, 7), Grid(1, 7, 9)], ids=str)
+def test_metric_plans(grid, before, after, backend, poison):
+    plan = metric_plan(grid, before, after)
+    assert_matches(plan, draw(plan), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_box_plans(backend, poison):
+    layout = TokenLayout.self_attention(Grid(3, 5, 7), text_after=4)
+    plan = BlockPlan.from_rule(layout, box_rule(layout.grid), block_q=16, block_k=32, grid_order=snake_order)
+    assert_matches(plan, draw(plan), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_per_head_bits_plans_of_uneven_length_with_empty_rows(backend, poison):
+    plan, mask = random_bits_plan(75, 41, heads=3)
+    inputs = draw(plan, heads=3)
+    out, lse = attention(*inputs, plan, backend=backend, return_lse=True)
+    empty = ~mask.any(-1)
+    assert empty.any()
+    assert (out.transpose(1, 2)[:, empty] == 0).all()
+    assert (lse[:, empty] == float("-inf")).all()
+    assert_matches(plan, inputs, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [16, 24, 40, 64, 80, 128, 256])
+def test_head_dims_and_dtypes(dim, dtype, backend, poison):
+    plan = metric_plan(Grid(2, 5, 7))
+    assert_matches(plan, draw(plan, heads=1, dim=dim, dtype=dtype, batch=1), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_masks_that_differ_by_sample(backend, poison):
+    plan = metric_plan(Grid(2, 5, 7), text_after=9)
+    mask = torch.ones(2, plan.key_tokens, dtype=torch.bool, device=DEVICE)
+    mask[0, -6:] = False
+    mask[1, :] = False  # a sample without any key
+    mask[1, 3] = True
+    assert_matches(plan, draw(plan), backend, key_mask=mask)
+    mask[1, 3] = False
+    out = attention(*draw(plan), plan, backend=backend, key_mask=mask)
+    assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_large_logits(backend, poison):
+    plan = metric_plan(Grid(2, 5, 7))
+    q, k, v = draw(plan)
+    assert_matches(plan, (q, k, v), backend, scale=0.5)
+    out = attention(q * 1e4, k, v, plan, backend=backend)
+    assert out.isfinite().all()
+    equal = attention(q, torch.ones_like(k), v, plan, backend=backend)
+    torch.testing.assert_close(equal, attention(q, torch.ones_like(k), v, plan, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_larger_blocks_are_split_into_tiles(backend, poison):
+    layout = TokenLayout.self_attention(Grid(2, 9, 17))
+    rule = Rule.metric(torch.tensor([40, 9]))
+    plan = BlockPlan.from_rule(layout, rule, block_q=128, block_k=128, grid_order=snake_order)
+    assert_matches(plan, draw(plan, heads=1, batch=1, dim=64), backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradients(backend):
+    plan = metric_plan(Grid(2, 3, 4), text_after=3)
+    inputs = [x.double().requires_grad_() for x in draw(plan, dim=8)]
+    mask = torch.ones(2, plan.key_tokens, dtype=torch.bool, device=DEVICE)
+    mask[0, -2:] = False
+
+    def run(q, k, v):
+        return attention(q, k, v, plan, backend=backend, key_mask=mask, return_lse=backend == "reference")
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients_equal_the_reference(backend, return_lse, poison):
+    plan, mask = random_bits_plan(75, 41, heads=2)
+    grads = []
+    for name in (backend, "reference"):
+        inputs = [x.detach().requires_grad_() for x in draw(plan)]
+        out = attention(*inputs, plan, backend=name, return_lse=return_lse)
+        if return_lse:
+            out, lse = out
+            seen = mask.any(-1).to(DEVICE)
+            loss = (out**2).sum() + (lse[:, seen] ** 2).sum()
+        else:
+            loss = (out**2).sum()
+        grads.append(torch.autograd.grad(loss, inputs))
+    for ours, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, truth, atol=2e-5, rtol=1e-4)
+
+
+def test_dense_plan_equals_sdpa():
+    layout = TokenLayout.self_attention(Grid(2, 5, 7), 3)
+    plan = BlockPlan.from_rule(layout, Rule.metric(torch.tensor([1000, 1000])), block_q=32, block_k=32)
+    q, k, v = draw(plan)
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    for backend in (*BACKENDS, "reference"):
+        torch.testing.assert_close(attention(q, k, v, plan, backend=backend), dense, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"q": a["q"][0]}, "batch, tokens, heads"),
+        (lambda a: {"q": a["q"][:, :-1]}, "this plan is for"),
+        (lambda a: {"k": a["k"][:, :-1], "v": a["v"][:, :-1]}, "this plan is for"),
+        (lambda a: {"k": a["k"].half()}, "all three alike"),
+        (lambda a: {name: a[name].int() for name in "qkv"}, "floating-point"),
+        (lambda a: {"v": a["v"][..., :-8]}, "must be equal"),
+        (lambda a: {"k": a["k"][:, :, :1], "v": a["v"][:, :, :1]}, "Repeat grouped"),
+        (lambda a: {"backend": "cudnn"}, "allowed are"),
+        (lambda a: {"key_mask": torch.ones(2, 3, dtype=torch.bool)}, "key_mask"),
+        (lambda a: {"key_mask": torch.ones(2, a["plan"].key_tokens)}, "key_mask"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    plan = metric_plan(Grid(2, 5, 7))
+    arguments = dict(zip("qkv", draw(plan), strict=True)) | {"plan": plan}
+    with pytest.raises(InvalidInputError, match=message):
+        attention(**(arguments | change(arguments)))
+
+
+def test_plan_of_other_heads_is_refused():
+    plan, _ = random_bits_plan(75, 41, heads=3)
+    with pytest.raises(InvalidInputError, match="lists for 3"):
+        attention(*draw(plan, heads=2), plan)
+
+
+def test_backend_choice(monkeypatch):
+    cpu, half = torch.device("cpu"), torch.float16
+    assert choose_backend("auto", cpu, half, 64) == "torch"
+    with pytest.raises(UnsupportedError, match="head_dim 20"):
+        choose_backend("triton", torch.device("cuda"), half, 20)
+    with pytest.raises(UnsupportedError, match="float64"):
+        choose_backend("triton", torch.device("cuda"), torch.float64, 64)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UnsupportedError, match="TRITON_INTERPRET"):
+        choose_backend("triton", cpu, half, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    """Addresses past 32 bits: the last heads of a tensor of 2.4e9 elements equal the same heads alone."""
+    grid = Grid(4, 128, 150)
+    layout = TokenLayout.self_attention(grid)
+    rule = Rule.metric(torch.tensor([150, 60, 30, 20]))
+    plan = BlockPlan.from_rule(layout, rule, block_q=128, block_k=128, grid_order=snake_order).to("cuda")
+    q, k, v = (torch.randn(1, grid.tokens, 250, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    assert q.numel() > 2**31
+    out = attention(q, k, v, plan)
+    alone = attention(*(x[:, :, -2:].contiguous() for x in (q, k, v)), plan)
+    assert torch.equal(out[:, :, -2:], alone)

@@ -1,0 +1,73 @@
+"""The operators under torch's own checks and under torch.compile."""
+
+import pytest
+import torch
+
+from fastdiff_kernels import Grid, attention
+from fastdiff_kernels.ops import block_sparse, block_sparse_backward
+from plans import metric_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(plan, requires_grad=False):
+    torch.manual_seed(0)
+    q = torch.randn(2, plan.query_tokens, 2, 16, device=DEVICE)
+    return [x.requires_grad_(requires_grad) for x in (q, torch.randn_like(q), torch.randn_like(q))]
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_opcheck(return_lse):
+    plan = metric_plan(Grid(2, 3, 5))
+    arguments = (*inputs(plan, requires_grad=True), plan.handle, None, 0.25, return_lse, "torch")
+    torch.library.opcheck(block_sparse, arguments)
+    q, k, v = inputs(plan)
+    torch.library.opcheck(block_sparse_backward, (torch.ones_like(q), None, q, k, v, plan.handle, None, 0.25, "torch"))
+
+
+def test_fullgraph_compile_with_one_graph_for_many_plans():
+    plans = [metric_plan(Grid(2, 3, 5), block_q=block) for block in (16, 32, 64)]
+    plans += [metric_plan(Grid(3, 2, 5))]
+    graphs = []
+
+    def count(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    class Layer(torch.nn.Module):
+        def __init__(self, plan):
+            super().__init__()
+            self.plan = plan
+
+        def forward(self, q, k, v):
+            return attention(q * 2, k, v, self.plan)
+
+    @torch.compile(backend=count, fullgraph=True)
+    def run(layer, q, k, v):
+        return layer(q, k, v)
+
+    for plan in plans:
+        q, k, v = inputs(plan)
+        layer = Layer(plan)
+        torch.testing.assert_close(run(layer, q, k, v), layer(q, k, v))
+    assert len(graphs) == 1
+
+
+def test_compiled_gradients():
+    plan = metric_plan(Grid(2, 3, 5))
+
+    def loss(q, k, v):
+        return (attention(q, k, v, plan) ** 2).sum()
+
+    eager, compiled = inputs(plan, True), inputs(plan, True)
+    loss(*eager).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(*compiled).backward()
+    for ours, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_autocast_takes_what_the_layers_hand_over():
+    plan = metric_plan(Grid(2, 3, 5))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        q, k, v = (torch.nn.functional.linear(x, torch.eye(16, device=DEVICE)) for x in inputs(plan))
+        assert attention(q, k, v, plan).dtype == torch.bfloat16

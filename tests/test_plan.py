@@ -1,0 +1,141 @@
+"""Plans against token-by-token truth on odd grids, and what plans say of themselves."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from fastdiff_kernels import (
+    BlockPlan,
+    Grid,
+    InvalidInputError,
+    Rule,
+    Span,
+    TokenLayout,
+    natural_order,
+    raster_order,
+    snake_order,
+)
+from fastdiff_kernels.plan import plan_of
+from fastdiff_kernels.reference import dense_mask
+from plans import box_rule, metric_plan, metric_rule, random_bits_plan, truth_of
+
+LAYOUTS = [
+    TokenLayout.self_attention(Grid(3, 5, 7)),
+    TokenLayout.self_attention(Grid(4, 3, 9), text_before=5),
+    TokenLayout.self_attention(Grid(2, 7, 5), text_after=21),
+    TokenLayout.self_attention(Grid(1, 9, 11), 3, 2),
+    TokenLayout(
+        (Span("text", 3), Span("grid", 24, Grid(2, 3, 4)), Span("pad", 5)),
+        (Span("text", 3), Span("grid", 24, Grid(2, 3, 4)), Span("pad", 5), Span("pooled", 6)),
+    ),
+    # A reference image under the same rule on index-aligned coordinates, keys longer than queries.
+    TokenLayout(
+        (Span("grid", 24, Grid(2, 3, 4)),),
+        (Span("grid", 24, Grid(2, 3, 4)), Span("reference", 24, Grid(2, 3, 4))),
+        (("rule", "rule"),),
+    ),
+]
+
+
+@pytest.mark.parametrize("order", [natural_order, snake_order], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["metric", "box"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "+".join(s.kind for s in x.key) + f"-{x.grid}")
+def test_plan_equals_truth(layout, kind, blocks, order):
+    rule = metric_rule(layout.grid.frames) if kind == "metric" else box_rule(layout.grid)
+    plan = BlockPlan.from_rule(layout, rule, block_q=blocks[0], block_k=blocks[1], grid_order=order)
+    truth = truth_of(layout, rule)
+    assert torch.equal(dense_mask(plan)[0], truth)
+    for token in (0, layout.query_tokens // 2, layout.query_tokens - 1):
+        assert torch.equal(plan.visible_keys(token), truth[token])
+
+
+def test_bits_plan_equals_truth():
+    plan, truth = random_bits_plan(75, 41, heads=3)
+    assert torch.equal(dense_mask(plan), truth)
+    assert torch.equal(plan.visible_keys(40, head=2), truth[2, 40])
+
+
+@pytest.mark.parametrize("order", [natural_order, raster_order, snake_order], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("grid", [Grid(1, 1, 1), Grid(3, 5, 7), Grid(2, 17, 3), Grid(9, 17, 23)], ids=str)
+def test_orders_hold_every_token_once(order, grid):
+    tokens, coordinates = order(grid, 32)
+    assert sorted(tokens[tokens >= 0].tolist()) == list(range(grid.tokens))
+    if order is not raster_order:
+        assert torch.equal(coordinates[tokens >= 0], grid.coordinates()[tokens[tokens >= 0]])
+
+
+def test_snake_blocks_are_compact():
+    plan = metric_plan(Grid(1, 45, 80), block_q=128, block_k=128)
+    boxes = plan.query.boxes()
+    sides = boxes[:, 1, 1:] - boxes[:, 0, 1:] + 1
+    # A square of 128 tokens has sides of 11.3; a row-major strip would be 80 wide.
+    assert sides.max() <= 24
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 5, 7), Grid(2, 17, 3), Grid(4, 9, 11)], ids=str)
+def test_density_equals_count(grid):
+    plan = metric_plan(grid, text_before=3)
+    mask = dense_mask(plan)[0]
+    computed = 0
+    for row in range(plan.query_blocks):
+        for which in (plan.full, plan.partial):
+            computed += len(plan.row(which, 0, row)) * plan.query.block * plan.key.block
+    assert plan.density() == pytest.approx(computed / mask.numel())
+    assert plan.density() >= mask.float().mean()
+    assert plan.longest_row == max(
+        len(plan.row(plan.full, 0, r)) + len(plan.row(plan.partial, 0, r)) for r in range(plan.query_blocks)
+    )
+    assert plan.mean_row * plan.query_blocks == pytest.approx(plan.full_blocks + plan.partial_blocks)
+
+
+def test_drawing_shows_full_and_partial():
+    plan = metric_plan(Grid(3, 9, 11), text_after=4)
+    drawn = plan.draw()
+    assert drawn.shape == (plan.query_blocks, plan.key_blocks)
+    assert int((drawn == 2).sum()) == plan.full_blocks
+    assert int((drawn == 1).sum()) == plan.partial_blocks
+
+
+def test_launch_order_starts_with_the_longest_row():
+    plan = metric_plan(Grid(5, 7, 9), text_before=2)
+    counts = (plan.full.counts + plan.partial.counts)[0]
+    launched = counts[plan.launch_order[0].long()]
+    assert (launched.diff() <= 0).all()
+    assert sorted(plan.launch_order[0].tolist()) == list(range(plan.query_blocks))
+
+
+def test_handle_finds_the_plan_while_it_lives():
+    plan = metric_plan(Grid(2, 3, 4))
+    handle = plan.handle
+    assert plan_of(handle) is plan
+    assert copy.deepcopy(plan) is plan
+    loaded = pickle.loads(pickle.dumps(plan))
+    assert int(loaded.handle) != int(handle)
+    assert torch.equal(dense_mask(loaded), dense_mask(plan))
+    del plan
+    with pytest.raises(InvalidInputError, match="no longer exists"):
+        plan_of(handle)
+
+
+def test_large_plan_holds_no_square_tensor():
+    plan = metric_plan(Grid(21, 45, 80), block_q=128, block_k=128)
+    assert plan.nbytes < 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: BlockPlan.from_states(p.query, p.key, torch.zeros(1, 2, 2), p.rule),
+        lambda p: BlockPlan.from_states(p.query, p.key, p.draw()[None], Rule.bits(8, 8, 2)),
+        lambda p: BlockPlan(p.query, p.key, p.full, p.partial, Rule.bits(8, 8, 2)),
+        lambda p: BlockPlan.from_rule(LAYOUTS[0], Rule.none(), block_q=16, block_k=16),
+        lambda p: Rule.box((torch.zeros(1),) * 2, (torch.zeros(1),) * 2),
+        lambda p: p.visible_keys(p.query_tokens),
+    ],
+)
+def test_bad_plans_are_refused(build):
+    with pytest.raises(InvalidInputError):
+        build(metric_plan(Grid(2, 5, 7)))
