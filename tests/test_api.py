@@ -1,5 +1,6 @@
 """apply, remove and summary with the real radial method on tiny Wan pipelines; torch.compile."""
 
+import gc
 import json
 import logging
 
@@ -142,12 +143,9 @@ def test_pipelines_that_share_a_model_share_a_config(pipe):
     assert find(pipe.transformer) is None
 
 
-def test_after_the_first_pipeline_is_gone_another_may_apply(pipe):
-    import gc
-
-    parts = pipe.components
-    fastdiff.apply(pipe, NARROW)
-    other = type(pipe)(**parts)
+def test_after_the_first_pipeline_is_gone_another_may_apply():
+    pipe = fastdiff.apply(tiny_wan_pipeline(), NARROW)
+    other = type(pipe)(**pipe.components)
     del pipe
     gc.collect()
     fastdiff.apply(other, WIDE)
@@ -201,9 +199,9 @@ def test_a_saved_pipeline_is_a_stock_one(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = type(pipe).from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert not torch.equal(video(again), sparse)
+    assert not torch.allclose(video(again), sparse, atol=1e-3)
     fastdiff.apply(again, NARROW)
-    assert torch.equal(video(again), sparse)
+    torch.testing.assert_close(video(again), sparse, atol=1e-4, rtol=1e-3)
 
 
 def test_summary_before_and_after_a_run(pipe):

@@ -10,6 +10,7 @@ import torch
 from .errors import InvalidInputError, MissingDependencyError, UnsupportedError
 from .ops import block_sparse
 from .plan import BlockPlan
+from .reference import reference
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,8 +53,11 @@ def attention(
         _check(q, k, v, plan, key_mask)
     chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, lse = block_sparse(q, k, v, plan.handle, key_mask, scale, return_lse, chosen)
+    if chosen == "reference":
+        out, lse = reference(q, k, v, plan.to(q.device), scale, key_mask)
+    else:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out, lse = block_sparse(q, k, v, plan.handle, key_mask, scale, return_lse, chosen)
     return (out, lse) if return_lse else out
 
 

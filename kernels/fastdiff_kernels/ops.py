@@ -5,23 +5,7 @@ from __future__ import annotations
 import torch
 
 from .plan import plan_of
-from .portable import portable
-from .reference import reference
-
-
-def _forward(q, k, v, handle, key_mask, scale, return_lse, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    plan = plan_of(handle).to(q.device)
-    if backend == "triton":
-        from .block_sparse import forward
-
-        out, lse = forward(q, k, v, plan, scale, key_mask, return_lse)
-    elif backend == "torch":
-        out, lse = portable(q, k, v, plan, scale, key_mask, return_lse)
-    else:
-        out, lse = reference(q, k, v, plan, scale, key_mask)
-    if not return_lse:
-        lse = q.new_empty(0, dtype=torch.float32)
-    return out.contiguous(), lse.to(torch.float32)
+from .portable import portable, portable_backward
 
 
 @torch.library.custom_op("fastdiff::block_sparse", mutates_args=())
@@ -36,8 +20,14 @@ def block_sparse(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[batch, query tokens, heads, head_dim]`, and log-sum-exp `[batch, heads, query tokens]` or nothing."""
-    with torch.no_grad():
-        return _forward(q, k, v, handle, key_mask, scale, return_lse, backend)
+    plan = plan_of(handle).to(q.device)
+    if backend == "triton":
+        from .block_sparse import forward
+    else:
+        forward = portable
+    out, lse = forward(q, k, v, plan, scale, key_mask, return_lse)
+    lse = lse.to(torch.float32) if return_lse else q.new_empty(0, dtype=torch.float32)
+    return out.contiguous(), lse
 
 
 @block_sparse.register_fake
@@ -57,37 +47,28 @@ def block_sparse_backward(
     handle: torch.Tensor,
     key_mask: torch.Tensor | None,
     scale: float,
-    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, recomputed through the portable path (or through the reference, if that was used)."""
+    """Gradients of q, k and v."""
     plan = plan_of(handle).to(q.device)
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        if backend == "reference":
-            out, lse = reference(*inputs, plan, scale, key_mask)
-        else:
-            out, lse = portable(*inputs, plan, scale, key_mask, return_lse=grad_lse is not None)
-    outputs, grads = [out], [grad]
-    if grad_lse is not None:
-        outputs, grads = [out, lse], [grad, grad_lse.to(lse.dtype)]
-    return tuple(x.contiguous() for x in torch.autograd.grad(outputs, inputs, grads))
+    grads = portable_backward(grad, grad_lse, q, k, v, plan, scale, key_mask)
+    return tuple(x.contiguous() for x in grads)
 
 
 @block_sparse_backward.register_fake
-def _(grad, grad_lse, q, k, v, handle, key_mask, scale, backend):
+def _(grad, grad_lse, q, k, v, handle, key_mask, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, handle, key_mask, scale, return_lse, backend = inputs
+    q, k, v, handle, key_mask, scale, return_lse, _ = inputs
     ctx.save_for_backward(q, k, v, handle, key_mask)
-    ctx.scale, ctx.return_lse, ctx.backend = scale, return_lse, backend
+    ctx.scale, ctx.return_lse = scale, return_lse
 
 
 def _backward(ctx, grad, grad_lse):
     q, k, v, handle, key_mask = ctx.saved_tensors
     grad_lse = grad_lse if ctx.return_lse else None
-    grads = block_sparse_backward(grad, grad_lse, q, k, v, handle, key_mask, ctx.scale, ctx.backend)
+    grads = block_sparse_backward(grad, grad_lse, q, k, v, handle, key_mask, ctx.scale)
     return (*grads, None, None, None, None, None)
 
 

@@ -1,4 +1,4 @@
-"""Block-sparse attention in plain torch: skips what the plan skips, on any device, with ordinary autograd."""
+"""Block-sparse attention in plain torch, forward and backward: skips what the plan skips, on any device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .order import Side
 from .plan import BlockPlan
 
 # Biases of rows with partial blocks are kept between calls only while they are small.
@@ -39,60 +40,101 @@ def portable(
         Output `[batch, query tokens, heads, head_dim]` and, where asked for, the natural log-sum-exp
         `[batch, heads, query tokens]` (else None).
     """
-    queries = _gather(q, plan.query.order, plan.query.block)
-    keys = _gather(k, plan.key.order, plan.key.block)
-    values = _gather(v, plan.key.order, plan.key.block)
-    hidden = None if key_mask is None else _gather_mask(~key_mask, plan)
-
-    outs, lses = [], []
-    for head in range(plan.heads or 1):
-        group = slice(None) if plan.heads is None else slice(head, head + 1)
-        group_hidden = None if hidden is None else hidden[:, head % hidden.shape[1]]
-        rows = _plan_rows(plan, head, q.dtype)
-        parts = (queries[:, group], keys[:, group], values[:, group])
-        out, lse = _attend_rows(*parts, rows, scale, group_hidden, return_lse)
-        outs.append(out)
-        lses.append(lse)
-    place = _inverse(plan.query.order, plan.query_tokens)
-    out = _pick(torch.cat(outs, dim=1), place).transpose(1, 2)
-    lse = _pick(torch.cat(lses, dim=1)[..., None], place)[..., 0] if return_lse else None
-    return out, lse
-
-
-def _attend_rows(queries, keys, values, rows, scale, hidden, return_lse):
-    """All rows of heads that share a list; tensors `[batch, heads, blocks, block, head_dim]`."""
-    outs, lses = [], []
-    for index, row in enumerate(rows):
-        query = queries[:, :, index]
-        if len(row.blocks) == 0:
-            outs.append(torch.zeros_like(query))
-            lses.append(query.new_full(query.shape[:-1], float("-inf"), dtype=torch.float32))
-            continue
-        key, value = (x.index_select(2, row.blocks).flatten(2, 3) for x in (keys, values))
-        bias, empty = row.bias, row.empty
-        if hidden is not None:
-            bias, empty = _hide(query, bias, hidden[:, row.blocks].flatten(1))
-        out, lse = _dense(query, key, value, bias, scale, return_lse)
-        outs.append(out if empty is None else out.masked_fill(empty, 0))
+    queries, keys, values = _to_slots(q, k, v, plan)
+    out = torch.zeros_like(queries)
+    lse = queries.new_full(queries.shape[:-1], float("-inf"), dtype=torch.float32) if return_lse else None
+    for heads, index, row in _rows(plan, q.dtype, key_mask):
+        query = queries[:, heads, index]
+        key, value = (x[:, heads].index_select(2, row.blocks).flatten(2, 3) for x in (keys, values))
         if return_lse:
-            lses.append(lse if empty is None else lse.masked_fill(empty[..., 0], float("-inf")))
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if return_lse else None
+            weights, row_lse = _softmax(query, key, row, scale)
+            out[:, heads, index] = (weights @ value.to(weights.dtype)).to(q.dtype)
+            lse[:, heads, index] = row_lse
+            continue
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=row.bias, scale=scale)
+        out[:, heads, index] = result if row.empty is None else result.masked_fill(row.empty, 0)
+    place = _inverse(plan.query.order, plan.query_tokens)
+    if return_lse:
+        lse = _pick(lse.flatten(2)[..., None], place)[..., 0]
+    return _pick(out.flatten(2, 3), place).transpose(1, 2), lse
 
 
-def _dense(query, key, value, bias, scale, return_lse):
-    if not return_lse:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale), None
+def portable_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, row by row, with the softmax computed anew.
+
+    Args:
+        grad: Gradient of the output `[batch, query tokens, heads, head_dim]`.
+        grad_lse: Gradient of the log-sum-exp `[batch, heads, query tokens]`, or None.
+        q, k, v, plan, scale, key_mask: As in the forward call.
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = _to_slots(q, k, v, plan)
+    # Padding queries repeat token 0; without a gradient they leave no trace.
+    padding = (plan.query.order < 0).unflatten(1, (-1, plan.query.block))[None, ..., None]
+    grads = _gather(grad, plan.query).masked_fill(padding, 0)
+    grads_lse = None
+    if grad_lse is not None:
+        grads_lse = _gather(grad_lse.transpose(1, 2)[..., None], plan.query).masked_fill(padding, 0)
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=exact) for x in (queries, keys, values))
+    for heads, index, row in _rows(plan, q.dtype, key_mask):
+        query, upstream = (x[:, heads, index].to(exact) for x in (queries, grads))
+        key, value = (x[:, heads].index_select(2, row.blocks).flatten(2, 3).to(exact) for x in (keys, values))
+        weights, _ = _softmax(query, key, row, scale)
+        slope = upstream @ value.transpose(-1, -2)
+        slope = slope - (slope * weights).sum(-1, keepdim=True)
+        if grads_lse is not None:
+            slope = slope + grads_lse[:, heads, index]
+        slope = slope * weights * scale
+        blocks = (len(row.blocks), plan.key.block)
+        grad_q[:, heads, index] = slope @ key
+        grad_k[:, heads].index_add_(2, row.blocks, (slope.transpose(-1, -2) @ query).unflatten(2, blocks))
+        grad_v[:, heads].index_add_(2, row.blocks, (weights.transpose(-1, -2) @ upstream).unflatten(2, blocks))
+    sides = (plan.query, plan.key, plan.key)
+    tokens = (
+        _pick(x.flatten(2, 3), _inverse(side.order, side.tokens)).transpose(1, 2)
+        for x, side in zip((grad_q, grad_k, grad_v), sides, strict=True)
+    )
+    return tuple(x.to(q.dtype) for x in tokens)
+
+
+def _softmax(query, key, row, scale):
+    """Weights `[batch, heads, block_q, keys]` and log-sum-exp of one row; 0 and -inf for queries without keys."""
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(exact) @ key.to(exact).transpose(-1, -2) * scale
-    scores = scores if bias is None else scores + bias
+    scores = scores if row.bias is None else scores + row.bias
     lse = torch.logsumexp(scores, dim=-1)
-    return ((scores - lse[..., None]).exp() @ value.to(exact)).to(query.dtype), lse
+    weights = (scores - lse[..., None]).exp()
+    if row.empty is None:
+        return weights, lse
+    return weights.masked_fill(row.empty, 0), lse.masked_fill(row.empty[..., 0], float("-inf"))
 
 
-def _hide(query, bias, hidden):
-    """Adds a key mask to a row's bias; the result differs by sample, `[batch, 1, block_q, keys]`."""
-    visible = ~hidden[:, None, None, :].expand(-1, 1, query.shape[2], -1)
-    return _bias(visible if bias is None else visible & (bias == 0), query.dtype)
+def _rows(plan: BlockPlan, dtype: torch.dtype, key_mask: torch.Tensor | None):
+    """Yields for every query block with keys the heads it is for, its index, and its _Row."""
+    hidden = None if key_mask is None else _gather_mask(~key_mask, plan)
+    for head in range(plan.heads or 1):
+        heads = slice(None) if plan.heads is None else slice(head, head + 1)
+        for index, row in enumerate(_plan_rows(plan, head, dtype)):
+            if len(row.blocks) == 0:
+                continue
+            if hidden is not None:
+                row = _hide(row, hidden[:, head % hidden.shape[1], row.blocks].flatten(1), dtype)
+            yield heads, index, row
+
+
+def _hide(row: _Row, hidden: torch.Tensor, dtype: torch.dtype) -> _Row:
+    """The row under a key mask, hidden `[batch, keys]`; its bias then differs by sample."""
+    visible = ~hidden[:, None, None, :]
+    return _Row(row.blocks, *_bias(visible if row.bias is None else visible & (row.bias == 0), dtype))
 
 
 def _bias(visible: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,11 +166,14 @@ def _row(plan: BlockPlan, head: int, row: int, dtype: torch.dtype) -> _Row:
     return _Row(blocks, *_bias(visible, dtype))
 
 
-def _gather(x: torch.Tensor, order: torch.Tensor, block: int) -> torch.Tensor:
+def _to_slots(q, k, v, plan: BlockPlan):
+    return _gather(q, plan.query), _gather(k, plan.key), _gather(v, plan.key)
+
+
+def _gather(x: torch.Tensor, side: Side) -> torch.Tensor:
     """Tokens to slots: `[batch, tokens, heads, head_dim]` to `[batch, heads, blocks, block, head_dim]`."""
     # Padding slots take token 0: any finite value does, since no mask lets them be seen.
-    order, x = order.clamp(min=0).long(), x.transpose(1, 2)
-    return _pick(x, order).unflatten(2, (-1, block))
+    return _pick(x.transpose(1, 2), side.order.clamp(min=0).long()).unflatten(2, (side.blocks, side.block))
 
 
 def _pick(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,60 @@
+"""Settings of all tests: one thread each, Triton's interpreter where no GPU is, NaN-poisoned memory on request."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+# Before anything imports triton, which reads it once.
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    needs_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    needs_time = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(needs_gpu)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(needs_time)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fills what fastdiff_kernels allocates uninitialised, so that an element a kernel forgot to write shows.
+
+    Floats become NaN, integers their lowest value. Covers torch.empty, torch.empty_like, torch.empty_strided and
+    Tensor.new_empty as called from the package itself.
+    """
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate):
+    def wrapper(*args, **kwargs):
+        result = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] != "fastdiff_kernels":
+            return result
+        if result.is_floating_point():
+            return result.fill_(float("nan"))
+        return result if result.dtype == torch.bool else result.fill_(torch.iinfo(result.dtype).min)
+
+    return wrapper
