@@ -1,1 +1,59 @@
-"""Sparse self-attention for any diffusers pipeline."""
+"""Sparse self-attention for any diffusers pipeline: `apply`, `remove`, `summary`.
+
+Public names load on first use, so that `import fastdiff` needs neither diffusers nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff_kernels import FastDiffError, Grid, TokenLayout
+
+    from .api import apply, remove, summary
+    from .attn_processors import RadialAttnProcessor, processors
+    from .methods import RadialConfig, load_config
+    from .schedule import DenseSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseSchedule",
+    "FastDiffError",
+    "Grid",
+    "RadialAttnProcessor",
+    "RadialConfig",
+    "TokenLayout",
+    "__version__",
+    "apply",
+    "load_config",
+    "processors",
+    "remove",
+    "summary",
+]
+
+_HOMES = {
+    "DenseSchedule": "fastdiff.schedule",
+    "FastDiffError": "fastdiff_kernels",
+    "Grid": "fastdiff_kernels",
+    "RadialAttnProcessor": "fastdiff.attn_processors",
+    "RadialConfig": "fastdiff.methods",
+    "TokenLayout": "fastdiff_kernels",
+    "apply": "fastdiff.api",
+    "load_config": "fastdiff.methods",
+    "processors": "fastdiff.attn_processors",
+    "remove": "fastdiff.api",
+    "summary": "fastdiff.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

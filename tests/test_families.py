@@ -9,7 +9,7 @@ from fastdiff_patches import families, locate
 
 torch.set_num_threads(1)
 
-# A new family adds its line: class name -> (model, forward arguments, axes of the latents that are frames, rows, columns).
+# A new family adds its line: class name -> (builds a model, its forward arguments for a size of latents).
 MODELS = {
     "WanTransformer3DModel": (lambda: tiny_wan(layers=2), lambda **size: model_inputs(**size)),
     "WanTransformer3DModel, image to video": (

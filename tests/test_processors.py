@@ -1,13 +1,13 @@
 """diffusers' own door: the dict of `fastdiff.processors`, and the single `RadialAttnProcessor`."""
 
+import copy
 import gc
 import inspect
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from test_api import NARROW, WIDE, compile_as, forward, video
-from tiny_models import tiny_wan, tiny_wan_pipeline
+from tiny_models import compile_as, forward, model_inputs, tiny_wan, tiny_wan_pipeline, video
 from torch.nn.modules import module as torch_module
 
 import fastdiff
@@ -15,6 +15,9 @@ from fastdiff_kernels import InvalidInputError
 from fastdiff_patches.attachment import find
 
 torch.set_num_threads(1)
+
+NARROW = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=32)
+WIDE = fastdiff.RadialConfig(block_size=32)
 
 
 @pytest.fixture
@@ -28,9 +31,9 @@ def model():
     return tiny_wan()
 
 
-def applied(pipe, **options) -> torch.Tensor:
+def applied(pipe, steps=3, **options) -> torch.Tensor:
     """The video of the same pipeline under `apply`."""
-    found = video(fastdiff.apply(pipe, NARROW, **options))
+    found = video(fastdiff.apply(pipe, NARROW, **options), steps=steps)
     fastdiff.remove(pipe)
     return found
 
@@ -56,13 +59,13 @@ class TestDict:
 
     def test_each_expert_needs_its_own(self):
         pipe = tiny_wan_pipeline(two_experts=True)
-        expected = applied(pipe, dense_steps=1)
+        expected = applied(pipe, steps=6, dense_steps=1)
         with pytest.raises(InvalidInputError, match="transformer, transformer_2"):
             fastdiff.processors(pipe, NARROW)
         for name in ("transformer", "transformer_2"):
             ours = fastdiff.processors(pipe, NARROW, dense_steps=1, component=name)
             getattr(pipe, name).set_attn_processor(ours)
-        assert torch.equal(video(pipe), expected)
+        assert torch.equal(video(pipe, steps=6), expected)
 
     def test_a_dict_on_another_model_raises(self, pipe, model):
         model.set_attn_processor(fastdiff.processors(pipe, NARROW))
@@ -91,15 +94,13 @@ class TestDict:
 
 
 class TestMarker:
-    def test_the_global_hook_lives_as_long_as_a_marker(self):
+    def test_the_global_hooks_live_as_long_as_a_marker(self):
         gc.collect()
-        assert not torch_module._global_forward_pre_hooks
-        one, other = fastdiff.RadialAttnProcessor(), fastdiff.RadialAttnProcessor()
-        assert len(torch_module._global_forward_pre_hooks) == 2
-        del one
-        assert len(torch_module._global_forward_pre_hooks) == 2
-        del other
-        assert not torch_module._global_forward_pre_hooks
+        markers = [fastdiff.RadialAttnProcessor(), fastdiff.RadialAttnProcessor()]
+        for left in (1, 0):
+            markers.pop()
+            torch.nn.Identity()(0)
+            assert bool(torch_module._global_forward_pre_hooks) == bool(left)
 
     def test_it_equals_apply_and_remove_leaves_stock(self, pipe):
         expected, dense = applied(pipe), video(pipe)
@@ -120,8 +121,6 @@ class TestMarker:
         )
         model.set_attn_processor(marker)
         del marker
-        from tiny_models import model_inputs
-
         inputs = model_inputs(frames=5, height=12, width=20)
         with torch.no_grad():
             out = model(*(inputs[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")))
@@ -135,11 +134,11 @@ class TestMarker:
 
     def test_one_object_for_both_experts(self):
         pipe = tiny_wan_pipeline(two_experts=True)
-        expected = applied(pipe)
+        expected = applied(pipe, steps=6)
         marker = fastdiff.RadialAttnProcessor(NARROW)
         pipe.transformer.set_attn_processor(marker)
         pipe.transformer_2.set_attn_processor(marker)
-        assert torch.equal(video(pipe), expected)
+        assert torch.equal(video(pipe, steps=6), expected)
         torch.manual_seed(3)
         other = tiny_wan()
         other.set_attn_processor(marker)
@@ -153,6 +152,27 @@ class TestMarker:
         model.set_attn_processor(fastdiff.RadialAttnProcessor(NARROW))
         assert torch.equal(forward(model), narrow)
         assert len(model._forward_pre_hooks) == 1
+
+    def test_apply_and_remove_before_the_first_forward(self, model):
+        dense = forward(model)
+        model.set_attn_processor(fastdiff.RadialAttnProcessor(NARROW))
+        assert "marked" in str(fastdiff.summary(model))
+        fastdiff.remove(model)
+        assert torch.equal(forward(model), dense)
+        model.set_attn_processor(fastdiff.RadialAttnProcessor(NARROW))
+        fastdiff.apply(model, WIDE)
+        assert fastdiff.summary(model).models[0].config == WIDE.to_dict()
+        fastdiff.remove(model)
+        assert torch.equal(forward(model), dense)
+
+    def test_copies_of_a_marked_model(self, model):
+        fastdiff.apply(model, NARROW)
+        expected = forward(model)
+        fastdiff.remove(model)
+        model.set_attn_processor(fastdiff.RadialAttnProcessor(NARROW))
+        twin = copy.deepcopy(model)
+        forward(model)
+        assert torch.equal(forward(twin), expected)
 
     def test_only_marked_modules_change(self, model):
         own = WanAttnProcessor()

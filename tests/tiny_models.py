@@ -53,7 +53,9 @@ def tiny_vae() -> AutoencoderKLWan:
     ).eval()
 
 
-def tiny_wan(layers: int = 2, heads: int = 2, head_dim: int = 16, in_channels: int = 4, **options) -> WanTransformer3DModel:
+def tiny_wan(
+    layers: int = 2, heads: int = 2, head_dim: int = 16, in_channels: int = 4, **options
+) -> WanTransformer3DModel:
     """A WanTransformer3DModel; `image_dim=8, added_kv_proj_dim=heads * head_dim` makes it Wan 2.1 image-to-video."""
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -138,3 +140,24 @@ def model_inputs(
         "return_dict": False,
         **more,
     }
+
+
+def video(pipe, **more) -> torch.Tensor:
+    """Latents of a run of 3 steps on 3x6x10 tokens, the same whenever it is called."""
+    return pipe(**call_arguments(**{"steps": 3, "height": 96, "width": 160, **more})).frames
+
+
+def forward(model, **more) -> torch.Tensor:
+    """One forward on 5x6x10 tokens without gradients."""
+    with torch.no_grad():
+        return model(**model_inputs(**{"frames": 5, "height": 12, "width": 20, **more}))[0]
+
+
+def compile_as(pipe, way: str, backend: str) -> None:
+    """Compiles the pipeline's transformer in one of three ways: "torch.compile", "model.compile" or "blocks"."""
+    if way == "torch.compile":
+        pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
+    elif way == "model.compile":
+        pipe.transformer.compile(fullgraph=True, backend=backend)
+    else:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)

@@ -1,0 +1,199 @@
+"""The three verbs: apply a method to a pipeline, remove it, and tell what it does."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastdiff_kernels import Grid, InvalidInputError
+
+from .schedule import DenseSchedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from fastdiff_patches.attachment import Attachment
+    from fastdiff_patches.planner import Planner
+
+    from .methods.base import MethodConfig
+    from .overview import Summary
+
+_logger = logging.getLogger("fastdiff")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model was patched with; two pipelines that share the model must agree on it."""
+
+    config: MethodConfig
+    schedule: DenseSchedule
+    backend: str
+
+
+def apply(
+    pipe_or_model: T,
+    config: MethodConfig | dict[str, Any] | str | Path,
+    *,
+    dense_steps: int | list[int] = 0,
+    dense_layers: int | list[int] = 0,
+    backend: str = "auto",
+) -> T:
+    """Makes the self-attention of a diffusers pipeline sparse, in place.
+
+    Weights, cross-attention and the pipeline itself stay as they are. Frame count, height and width are read from
+    each call, so one `apply` serves every size. A second `apply` replaces the first.
+
+    Args:
+        pipe_or_model: A diffusers pipeline (its `transformer` and, if it has one, its `transformer_2`), or such a
+            model alone.
+        config: The method and its settings, for example `RadialConfig(decay_factor=0.2)`
+            (Radial Attention, arXiv 2506.19852), or the same as a dict, as JSON text or as the path of a JSON file.
+        dense_steps: Denoising steps that stay dense: the first n, or a list of indices, negative ones from the end.
+            More is slower and safer. Needs a pipeline, whose scheduler tells the step.
+        dense_layers: The same for self-attention layers.
+        backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch", or "reference" (slow, for tests).
+
+    Returns:
+        Its first argument.
+
+    Raises:
+        InvalidInputError: If a setting is out of range, if `dense_steps` is given without a pipeline, or if another
+            live pipeline shares the model and uses other settings.
+        UnsupportedError: If the model's family is not described, or cannot supply what the method needs.
+    """
+    from fastdiff_patches import attachment, locate, marker
+
+    from .methods import planner_for
+
+    settings = settings_from(config, dense_steps, dense_layers, backend)
+    pipe = pipeline_of(pipe_or_model, settings.schedule)
+    models = locate.transformers(pipe_or_model)
+    for model in models.values():
+        marker.unmark(model)
+    joins = [model for model in models.values() if _shared(pipe, model, settings)]
+    # All are built before any is installed: what cannot be done leaves the pipeline as it was.
+    planner = planner_for(settings.config)
+    built = [(model, attach(model, settings, planner, pipe)) for model in models.values() if model not in joins]
+    for model in joins:
+        attachment.find(model).steps.add(pipe)
+    for model, attached in built:
+        before = attachment.find(model)
+        if before is not None:
+            _logger.warning("%s was patched already: replaced by %s.", type(model).__name__, settings.config)
+        attached.install(model)
+    return pipe_or_model
+
+
+def remove(pipe_or_model: T) -> T:
+    """Undoes `apply`, bit for bit: the original processor objects stand where they stood. Without effect otherwise.
+
+    Args:
+        pipe_or_model: What `apply` was given, or any pipeline or model that holds the same transformers.
+
+    Returns:
+        Its argument.
+
+    Raises:
+        InvalidInputError: If this is neither a model nor a pipeline with a transformer.
+    """
+    from fastdiff_patches import attachment, locate, marker
+
+    for model in locate.transformers(pipe_or_model).values():
+        marker.unmark(model)
+        attached = attachment.find(model)
+        if attached is not None:
+            attached.remove()
+    return pipe_or_model
+
+
+def summary(pipe_or_model: Any, grid: Grid | str | None = None, steps: int | None = None) -> Summary:
+    """What is patched: layers, density, backend, and what stays dense and why. Print it, or take `to_dict()`.
+
+    Density is known for the grids that have run. Before a run it is computed for `grid`.
+
+    Args:
+        pipe_or_model: A pipeline or a model, patched or not.
+        grid: Frames x height x width of tokens to compute the density for, for example "21x45x80" (81 frames at
+            1280x720 in Wan); by default those of the last run.
+        steps: Number of denoising steps for the mean over steps; by default that of the last run.
+
+    Raises:
+        InvalidInputError: If the grid is no grid, or this is neither a model nor a pipeline with a transformer.
+    """
+    from fastdiff_patches import attachment, locate
+
+    from .overview import summarize
+
+    if isinstance(grid, str):
+        grid = Grid.parse(grid)
+    models = locate.transformers(pipe_or_model)
+    return summarize({name: (model, attachment.find(model)) for name, model in models.items()}, grid, steps)
+
+
+def pipeline_of(pipe_or_model: Any, schedule: DenseSchedule) -> Any | None:
+    """The pipeline whose scheduler tells the step, None for a bare model.
+
+    Raises:
+        InvalidInputError: If there is none and the schedule needs it.
+    """
+    if hasattr(pipe_or_model, "scheduler"):
+        return pipe_or_model
+    if schedule.uses_steps:
+        raise InvalidInputError(
+            f"dense_steps is {schedule.steps!r} and {type(pipe_or_model).__name__} has no scheduler to tell the step; "
+            "give the pipeline instead of the model, or leave dense_steps out."
+        )
+    return None
+
+
+def attach(model: nn.Module, settings: Settings, planner: Planner, pipe: Any | None) -> Attachment:
+    """A method for one model, not installed yet; pipelines that shared the one before share this one too."""
+    from fastdiff_patches.attachment import Attachment, find
+    from fastdiff_patches.steps import StepReader
+
+    before = find(model)
+    known = before.steps.pipes() if before is not None and pipe is not None else []
+    steps = StepReader([*known, *([pipe] if pipe is not None else [])])
+    return Attachment(model, planner, settings.schedule, steps, backend=settings.backend, settings=settings)
+
+
+def settings_from(config: Any, dense_steps: Any, dense_layers: Any, backend: str) -> Settings:
+    """Checks what a user gave.
+
+    Raises:
+        InvalidInputError: If one of them is out of range.
+    """
+    from fastdiff_kernels.attention import BACKENDS
+
+    from .methods import load_config
+
+    if backend not in BACKENDS:
+        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+    return Settings(load_config(config), DenseSchedule(dense_steps, dense_layers), backend)
+
+
+def _shared(pipe: Any | None, model: nn.Module, settings: Settings) -> bool:
+    """Whether another live pipeline already runs this model with the same settings.
+
+    Raises:
+        InvalidInputError: If it does so with other settings.
+    """
+    from fastdiff_patches import attachment
+
+    attached = attachment.find(model)
+    if pipe is None or attached is None:
+        return False
+    others = attached.steps.pipes()
+    if not others or any(other is pipe for other in others):
+        return False
+    if attached.settings == settings:
+        return True
+    raise InvalidInputError(
+        f"another pipeline ({type(others[0]).__name__}) shares this {type(model).__name__} and uses it with "
+        f"{attached.settings}; pipelines that share a model share one config. Call fastdiff.remove first, then apply "
+        "the new one to each of them."
+    )

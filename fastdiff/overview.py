@@ -1,0 +1,181 @@
+"""Summary: what is patched, as data and as text. It reads attachments and never changes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdiff_kernels import FastDiffError, Grid, TokenLayout, choose_backend
+
+if TYPE_CHECKING:
+    from fastdiff_patches.attachment import Attachment
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One self-attention layer.
+
+    Attributes:
+        density: Computed tiles / (query tokens x key tokens) at the sparse steps, 1.0 if the layer is always dense,
+            None while no grid is known.
+        why: Why the layer is sparse or dense.
+    """
+
+    index: int
+    name: str
+    heads: int
+    head_dim: int
+    dense: bool
+    why: str
+    density: float | None
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One transformer.
+
+    Attributes:
+        component: Its name in the pipeline, or "model".
+        config: The method's config as a dict, None if the model is not patched.
+        schedule: `dense_steps` and `dense_layers`.
+        backend: The backend that was asked for.
+        runs_on: The backend that will run, on the device where the model is now.
+        grids: Grids that have run, newest last.
+        grid: The grid that the densities are for, None if none is known.
+        steps: Number of denoising steps that the mean is for, None if not known.
+        layers: All self-attention layers.
+        marked: Whether a `RadialAttnProcessor` or its like waits for the first forward.
+        mean_density: Mean over layers and, where their number is known, steps; dense counts as 1. An expert
+            of Wan 2.2 is counted as if it ran all steps.
+    """
+
+    component: str
+    model: str
+    family: str | None = None
+    config: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    backend: str | None = None
+    runs_on: str | None = None
+    grids: tuple[str, ...] = ()
+    grid: str | None = None
+    steps: int | None = None
+    layers: tuple[LayerSummary, ...] = ()
+    mean_density: float | None = None
+    marked: bool = False
+
+    def __str__(self) -> str:
+        if self.marked:
+            return f"{self.component} ({self.model}): marked by a processor object, patched at the first forward"
+        if self.config is None:
+            return f"{self.component} ({self.model}): not patched, attention is dense"
+        lines = [
+            f"{self.component} ({self.model}, family {self.family})",
+            f"  config    {json.dumps(self.config)}",
+            f"  schedule  {json.dumps(self.schedule)}",
+            f"  backend   {self.backend}, here {self.runs_on}",
+            f"  grids     {', '.join(self.grids) or 'none has run yet'}",
+            f"  density   {self._density_text()}",
+            "  layers",
+        ]
+        return "\n".join(lines + [f"    {text}" for text in _grouped(self.layers)])
+
+    def _density_text(self) -> str:
+        if self.mean_density is None:
+            return 'known after the first forward, or with summary(pipe, grid="frames x height x width")'
+        over = f"layers and {self.steps} steps" if self.steps else "layers, at a sparse step"
+        return f"{self.mean_density:.3f} mean over {over}, at {self.grid} tokens"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `fastdiff.summary` found, one entry for each transformer of the pipeline."""
+
+    models: tuple[ModelSummary, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(str(model) for model in self.models)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def summarize(
+    models: Mapping[str, tuple[torch.nn.Module, Attachment | None]], grid: Grid | None, steps: int | None
+) -> Summary:
+    """Reads the attachments of models by component name."""
+    from fastdiff_patches.marker import is_marked
+
+    found = []
+    for component, (model, attached) in models.items():
+        if attached is None or is_marked(model):
+            found.append(ModelSummary(component, type(model).__name__, marked=is_marked(model)))
+        else:
+            found.append(_one(component, model, attached, grid, steps))
+    return Summary(tuple(found))
+
+
+def _one(
+    component: str, model: torch.nn.Module, attached: Attachment, grid: Grid | None, steps: int | None
+) -> ModelSummary:
+    settings, schedule = attached.settings, attached.settings.schedule
+    layout = TokenLayout.self_attention(grid) if grid is not None else next(reversed(attached.seen), None)
+    steps = steps or attached.steps_seen
+    first = attached.layers[0] if attached.layers else None
+    layers = []
+    for layer in attached.layers:
+        dense = schedule.is_dense_layer(layer.index, attached.total)
+        why = "named by dense_layers" if dense else f"{settings.config.method}"
+        density = 1.0 if dense else None
+        if not dense and layout is not None:
+            density = attached.plan(layer, layout, None, None, "cpu").density()
+        layers.append(LayerSummary(layer.index, layer.name, layer.heads, layer.head_dim, dense, why, density))
+    dense_steps = sum(schedule.is_dense_step(step, steps) for step in range(steps)) if steps else 0
+    share = dense_steps / steps if steps else 0.0
+    mean = None
+    if layout is not None and layers:
+        sparse = sum(layer.density for layer in layers) / len(layers)
+        mean = share + (1 - share) * sparse
+    return ModelSummary(
+        component=component,
+        model=type(model).__name__,
+        family=attached.family.name,
+        config=settings.config.to_dict(),
+        schedule=schedule.to_dict(),
+        backend=settings.backend,
+        runs_on=first and _runs_on(settings.backend, next(model.parameters()), first.head_dim),
+        grids=tuple(str(seen.grid) for seen in attached.seen),
+        grid=None if layout is None else str(layout.grid),
+        steps=steps,
+        layers=tuple(layers),
+        mean_density=mean,
+    )
+
+
+def _runs_on(backend: str, parameter: torch.Tensor, head_dim: int) -> str:
+    try:
+        return choose_backend(backend, parameter.device, parameter.dtype, head_dim)
+    except FastDiffError as error:
+        return f"none: {error}"
+
+
+def _grouped(layers: tuple[LayerSummary, ...]) -> list[str]:
+    """One line for each run of neighbouring layers that differ in nothing but place."""
+    lines: list[str] = []
+    start = 0
+    for end in range(1, len(layers) + 1):
+        here = layers[start]
+        if end < len(layers) and dataclasses.replace(layers[end], index=here.index, name=here.name) == here:
+            continue
+        last = layers[end - 1]
+        place = here.name if end - start == 1 else f"{here.name} to {last.name}"
+        state = "dense" if here.dense else "sparse"
+        density = "density unknown" if here.density is None else f"density {here.density:.3f}"
+        lines.append(f"{place}: {state} ({here.why}), {density}, {here.heads} heads of {here.head_dim}")
+        start = end
+    return lines

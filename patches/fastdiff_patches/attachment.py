@@ -1,0 +1,203 @@
+"""Attachment: what is patched on one model. It is the model's forward pre-hook, and the only record there is."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff_kernels import TokenLayout, UnsupportedError
+
+from . import seam
+from .families import Family, family_of
+from .locate import self_attention, unwrap
+from .planner import Plan, Planner, Schedule
+from .processor import Layer
+from .steps import StepReader
+
+_logger = logging.getLogger("fastdiff")
+_SEEN_LIMIT = 8
+
+
+@dataclass(eq=False)
+class Binding:
+    """One self-attention module: its processor before, its processor under fastdiff, and the layer behind that."""
+
+    name: str
+    module: nn.Module
+    original: Any
+    adopted: Any
+    layer: Layer
+    placed: bool = False
+
+    def stands(self) -> bool:
+        """Whether the module holds our processor."""
+        return self.module.processor is self.adopted
+
+    def place(self) -> None:
+        self.module.processor, self.placed = self.adopted, True
+
+    def release(self) -> None:
+        """Takes everything of ours off the module, and leaves a processor that the user has set since."""
+        if self.stands():
+            seam.give_back(self.adopted, self.original)
+            self.module.processor = self.original
+        if self.layer.parameters is not None and getattr(self.module, "fastdiff", None) is self.layer.parameters:
+            del self.module.fastdiff
+        self.layer.retire()
+
+
+class Attachment:
+    """A method on one model.
+
+    Built without changing the model; `install` (or `watch`, when the user sets the processors) starts it and
+    `remove` undoes it bit for bit. It lives in the model's own pre-hooks, so copying or pickling the model copies
+    it, and nothing else holds it.
+
+    Attributes:
+        settings: What the floor above wants back from `find(model)`; not looked at here.
+        total: Number of self-attention modules of the model.
+        seen: The last layouts that ran, newest last.
+        steps_seen: Number of steps of the last denoising run, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        planner: Planner,
+        schedule: Schedule,
+        steps: StepReader,
+        *,
+        backend: str = "auto",
+        settings: Any = None,
+    ):
+        self.family: Family = family_of(model)
+        self.planner, self.schedule, self.steps, self.settings = planner, schedule, steps, settings
+        missing = planner.needs - self.family.supplies
+        if missing:
+            raise UnsupportedError(
+                f"the method needs {', '.join(sorted(missing))}, which family {self.family.name!r} does not supply; "
+                "choose options that do without it."
+            )
+        modules = self_attention(model, self.family)
+        self.total = len(modules)
+        schedule.check_layers(self.total)
+        current = find(model)
+        before = {b.module: b.original for b in current.bindings if b.stands()} if current is not None else {}
+        self.bindings: list[Binding] = []
+        for index, (name, module) in enumerate(modules.items()):
+            layer = Layer(index, name, *self.family.heads(module), planner, backend)
+            original = before.get(module, seam.stock(module.processor))
+            self.bindings.append(Binding(name, module, original, seam.adopt(original, layer), layer))
+        self.seen: dict[TokenLayout, None] = {}
+        self.steps_seen: int | None = None
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [binding.layer for binding in self.bindings]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        copied = memo[id(self)] = copy.copy(self)
+        for name in ("steps", "bindings", "seen", "_handle"):
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        return copied
+
+    def watch(self, model: nn.Module) -> None:
+        """Starts to prepare the layers before each forward of the model, without setting its processors."""
+        current = find(model)
+        if current is not None:
+            current.remove()
+        for binding in self.bindings:
+            if binding.layer.parameters is not None:
+                binding.module.add_module("fastdiff", binding.layer.parameters)
+        self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def install(self, model: nn.Module) -> None:
+        """Sets the processors and starts to prepare the layers before each forward."""
+        self.watch(model)
+        for binding in self.bindings:
+            binding.place()
+
+    def remove(self) -> None:
+        """Puts the original processors back where ours still stand, and stops."""
+        for binding in self.bindings:
+            binding.release()
+        self.bindings = []
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> None:
+        """The forward pre-hook: finds the layout and the step, and gives each layer its plan."""
+        # torch still calls a hook that another one has removed in the same forward, without keyword arguments.
+        if kwargs is None:
+            return
+        self._follow(model)
+        if not self.bindings:
+            return
+        inputs = kwargs if not args else inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        layout = self.family.layout(model.config, inputs)
+        step, steps = self.steps.read(inputs.get("timestep"))
+        self.steps_seen = steps or self.steps_seen
+        self.seen.pop(layout, None)
+        self.seen[layout] = None
+        if len(self.seen) > _SEEN_LIMIT:
+            del self.seen[next(iter(self.seen))]
+        device = inputs[self.family.latents].device
+        for binding in self.bindings:
+            if binding.placed:
+                dense = self.schedule.is_dense(step, steps, binding.layer.index, self.total)
+                binding.layer.prepare(None if dense else self.plan(binding.layer, layout, step, steps, device))
+
+    def plan(
+        self, layer: Layer, layout: TokenLayout, step: int | None, steps: int | None, device: torch.device | str
+    ) -> Plan:
+        """What the planner makes of one layer."""
+        # A plan is cached and may serve a training step later, whose backward refuses tensors of inference mode.
+        with torch.inference_mode(False):
+            return self.planner.plan(
+                layout,
+                layer=layer.index,
+                step=step,
+                steps=steps,
+                heads=layer.heads,
+                head_dim=layer.head_dim,
+                device=torch.device(device),
+            )
+
+    def _follow(self, model: nn.Module) -> None:
+        """Sees which modules hold our processors: users set others, and some of diffusers' calls do so too."""
+        lost = []
+        for binding in self.bindings:
+            if binding.stands():
+                binding.placed = True
+            elif binding.placed:
+                lost.append(binding)
+        if not lost:
+            return
+        for binding in lost:
+            binding.release()
+        self.bindings = [binding for binding in self.bindings if binding not in lost]
+        _logger.warning(
+            "%d of the attention processors that fastdiff had set on %s were replaced by others (%s ...); these layers "
+            "are left alone from now on. Call fastdiff.apply again to make them sparse.",
+            len(lost),
+            type(model).__name__,
+            lost[0].name,
+        )
+        if not self.bindings:
+            self.remove()
+
+
+def find(model: nn.Module) -> Attachment | None:
+    """What is patched on a model, None if nothing is."""
+    hooks = unwrap(model)._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, Attachment)), None)

@@ -1,0 +1,53 @@
+"""From a pipeline or a model to the transformers in it, and to their self-attention modules in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastdiff_kernels import InvalidInputError, UnsupportedError
+
+from .families import Family
+
+COMPONENTS = ("transformer", "transformer_2")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile returned, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def transformers(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """The models to patch, by component name; a bare model is named "model".
+
+    Raises:
+        InvalidInputError: If this is neither a model nor a pipeline with a transformer.
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        return {"model": unwrap(pipe_or_model)}
+    parts = {name: getattr(pipe_or_model, name, None) for name in COMPONENTS}
+    models = {name: unwrap(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    if not models:
+        raise InvalidInputError(
+            f"{type(pipe_or_model).__name__} holds no model as {' or '.join(COMPONENTS)}; give a diffusers pipeline "
+            "that does, or the model itself."
+        )
+    return models
+
+
+def self_attention(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """The family's self-attention modules by name, in the order in which the model holds them.
+
+    Raises:
+        UnsupportedError: If the model has none.
+    """
+    # Blocks that were compiled one by one carry the wrapper's name in their own.
+    named = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
+    found = {name: module for name, module in named if family.modules.fullmatch(name)}
+    if not found:
+        raise UnsupportedError(
+            f"this {type(model).__name__} has no module named like {family.modules.pattern!r}; family "
+            f"{family.name!r} does not describe it. Correct its row in fastdiff_patches.families."
+        )
+    return found

@@ -1,0 +1,135 @@
+"""Layer: the handle on an adopted processor. Dense or sparse was decided before the forward; it calls the planner."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+
+from fastdiff_kernels import InvalidInputError, UnsupportedError
+
+from .planner import Extras, Plan, Planner
+
+_logger = logging.getLogger("fastdiff")
+
+
+class Layer:
+    """One self-attention module under a method.
+
+    Compiled code is shared by all layers, so what it reads here must be the same for all of them or a bool:
+    a number that differs by layer costs one recompilation per layer until the limit is hit. The pre-hook of the
+    model sets `ready`, `active` and `plan` before each forward. They are attributes and no thread-local, because
+    checkpointed blocks run again in autograd's threads; hence one forward at a time on one model.
+
+    Attributes:
+        index: Place among the model's self-attention modules.
+        name: Name of the attention module.
+        ready: Whether the pre-hook has prepared this layer for the running forward.
+        active: Whether the running forward is sparse here.
+        plan: What to compute when it is.
+    """
+
+    def __init__(self, index: int, name: str, heads: int, head_dim: int, planner: Planner, backend: str):
+        self.index, self.name, self.heads, self.head_dim = index, name, heads, head_dim
+        self.planner, self.backend = planner, backend
+        self.parameters = planner.parameters(layer=index, heads=heads, head_dim=head_dim)
+        self.plan: Plan | None = None
+        self.ready = self.active = False
+        self.reached = self.warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        # A copied model has layers of its own and shares planner and plans, which never change.
+        copied = copy.copy(self)
+        copied.parameters = copy.deepcopy(self.parameters, memo)
+        memo[id(self)] = copied
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plan": None, "ready": False, "active": False}
+
+    def prepare(self, plan: Plan | None) -> None:
+        """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
+        self.plan, self.active, self.ready = plan, plan is not None, True
+
+    def retire(self) -> None:
+        """Unbinds the layer: a processor that still holds it raises when it is called."""
+        self.plan, self.active, self.ready = None, False, False
+
+    def sparse(self) -> bool:
+        """Whether the running call is for us."""
+        if not self.ready:
+            raise InvalidInputError(
+                "this attention processor belongs to no patched model, or to another one: it was removed, replaced, or "
+                "made for a different model. Set the processors that fastdiff.processors(...) made for this model, or "
+                "call fastdiff.apply."
+            )
+        return self.active
+
+    def entered(self) -> None:
+        """Called before the processor in eager mode."""
+        self.reached = False
+
+    def left(self, processor: Any) -> None:
+        """Called after the processor in eager mode: warns once if its attention call went past us."""
+        if self.active and not self.reached and not self.warned:
+            self.warned = True
+            _logger.warning(
+                "%s ran without calling an attention function that fastdiff replaces (processor %s): it stayed dense.",
+                self.name,
+                type(processor).__name__,
+            )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+        parallel: Any,
+    ) -> torch.Tensor:
+        """The sparse attention of this layer, all tensors `[batch, tokens, heads, head_dim]`.
+
+        Raises:
+            UnsupportedError: If the call asks for what the sparse path cannot do.
+        """
+        if not torch.compiler.is_compiling():
+            self.reached = True
+        if parallel is not None:
+            raise UnsupportedError(
+                "context parallelism is on and sparse attention does not support it yet; call fastdiff.remove(pipe), "
+                "or run on one device."
+            )
+        if causal or dropout or key.shape[2] != query.shape[2]:
+            raise UnsupportedError(
+                f"self-attention was called with is_causal={causal}, dropout_p={dropout}, {query.shape[2]} query heads "
+                f"and {key.shape[2]} key heads; sparse attention takes no causal flag, no dropout and equal heads. "
+                "Keep these layers dense with dense_layers=."
+            )
+        extras = Extras(scale, _key_mask(mask, key), self.backend, self.parameters)
+        return self.planner.attend(query, key, value, self.plan, extras)
+
+
+def _key_mask(mask: Any, key: torch.Tensor) -> torch.Tensor | None:
+    """A mask that only hides keys as bool `[batch, key tokens]`.
+
+    Raises:
+        UnsupportedError: If the mask depends on the query or the head, or is no mask of bools.
+    """
+    if mask is None:
+        return None
+    batch, tokens = key.shape[:2]
+    is_keys = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+    if is_keys and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    if not is_keys or mask.ndim != 2 or mask.shape[1] != tokens or mask.shape[0] not in (1, batch):
+        given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            f"the attention mask is {given}; sparse attention takes a bool mask of keys, ({batch}, {tokens}) or "
+            f"({batch}, 1, 1, {tokens}). Keep these layers dense with dense_layers=, or leave the mask out."
+        )
+    return mask.expand(batch, tokens)

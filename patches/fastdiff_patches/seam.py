@@ -1,0 +1,207 @@
+"""Makes a stock attention processor call a layer of ours where it calls its attention function.
+
+The only file that touches diffusers' private parts. Every softmax processor of diffusers reaches its attention
+through one of two global names of its module. So its code is kept as it is and run under a copy of the module's
+globals in which those names are ours, by a subclass that an adopted processor gets as its class.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+import types
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention_dispatch
+
+from fastdiff_kernels import UnsupportedError
+
+_CALLS = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
+_HANDLE = "_fastdiff"
+
+
+class Layer(Protocol):
+    """The handle on an adopted processor."""
+
+    def sparse(self) -> bool: ...
+
+    def entered(self) -> None: ...
+
+    def left(self, processor: Any) -> None: ...
+
+    def attend(self, query, key, value, mask, dropout, causal, scale, parallel) -> torch.Tensor: ...
+
+
+class _Here(threading.local):
+    # Set inside the processor's call and not by a context variable: torch.compile cannot trace those, and
+    # checkpointed blocks run again in autograd's own threads.
+    layer: Layer | None = None
+
+
+_here = _Here()
+
+
+def _dispatch(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    attention_kwargs=None,
+    *,
+    backend=None,
+    parallel_config=None,
+):
+    layer = _here.layer
+    if layer is not None and layer.sparse():
+        return layer.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config)
+    return attention_dispatch.dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        attention_kwargs,
+        backend=backend,
+        parallel_config=parallel_config,
+    )
+
+
+def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    layer = _here.layer
+    if layer is not None and layer.sparse():
+        natural = (x.transpose(1, 2) for x in (query, key, value))
+        return layer.attend(*natural, attn_mask, dropout_p, is_causal, scale, None).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+
+
+_shadows: dict[str, types.ModuleType] = {}
+_adopted: dict[type, type] = {}
+
+
+def _shadow(source: types.ModuleType) -> types.ModuleType:
+    """A copy of a module's globals in which the two attention functions are ours."""
+    if source.__name__ not in _shadows:
+        # The name must be its own and importable: torch.compile guards globals as `import(__name__).name`, and
+        # under the old name it would look at diffusers' functions. __package__ stays, for relative imports.
+        shadow = types.ModuleType(f"fastdiff_shadow.{source.__name__}")
+        own = ("__name__", "__spec__", "__loader__")
+        shadow.__dict__.update((name, value) for name, value in source.__dict__.items() if name not in own)
+        if "dispatch_attention_fn" in shadow.__dict__:
+            shadow.dispatch_attention_fn = _dispatch
+        if "scaled_dot_product_attention" in shadow.__dict__:
+            shadow.scaled_dot_product_attention = _sdpa
+        if shadow.__dict__.get("F") is F:
+            shadow.F = types.ModuleType(f"{shadow.__name__}.F")
+            shadow.F.__dict__.update((name, value) for name, value in F.__dict__.items() if name[:2] != "__")
+            shadow.F.scaled_dot_product_attention = _sdpa
+            sys.modules[shadow.F.__name__] = shadow.F
+        _shadows[source.__name__] = sys.modules[shadow.__name__] = shadow
+    return _shadows[source.__name__]
+
+
+def _adopted_class(cls: type) -> type:
+    """The subclass of a processor class that runs the same code with our attention functions."""
+    if cls not in _adopted:
+        call = cls.__call__
+        code = getattr(call, "__code__", None)
+        if code is None or not _CALLS.intersection(code.co_names):
+            raise UnsupportedError(
+                f"{cls.__name__} calls neither {' nor '.join(sorted(_CALLS))}, so its attention cannot be replaced; "
+                "set the model's default processors first (for example model.set_attn_processor)."
+            )
+        shadow = _shadow(sys.modules[call.__module__])
+        same = types.FunctionType(code, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__)
+        same.__kwdefaults__ = call.__kwdefaults__
+
+        def __call__(self, *args, **kwargs):
+            layer = self._fastdiff
+            if layer is None:
+                return same(self, *args, **kwargs)
+            if not torch.compiler.is_compiling():
+                layer.entered()
+            outer, _here.layer = _here.layer, layer
+            try:
+                out = same(self, *args, **kwargs)
+            finally:
+                _here.layer = outer
+            if not torch.compiler.is_compiling():
+                layer.left(self)
+            return out
+
+        # Modules drop the keyword arguments that a processor's signature does not name, RoPE among them.
+        __call__.__signature__ = inspect.signature(call)
+        members = {
+            "__call__": __call__,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__reduce__": lambda self: (_revive, (cls, self.__dict__)),
+            _HANDLE: None,  # IP-adapter loaders build `type(processor)()`, which then runs dense
+        }
+        # Some of diffusers' checks read the class name, so it stays.
+        _adopted[cls] = type(cls.__name__, (cls,), members)
+    return _adopted[cls]
+
+
+def _revive(cls: type, state: dict[str, Any]) -> Any:
+    adopted = _adopted_class(cls)
+    processor = adopted.__new__(adopted)
+    processor.__dict__.update(state)
+    return processor
+
+
+def stock(processor: Any) -> Any:
+    """The processor itself, or a stock copy of one that is adopted."""
+    if not hasattr(type(processor), _HANDLE):
+        return processor
+    copied = copy.copy(processor)
+    copied.__class__ = type(processor).__mro__[1]
+    copied.__dict__.pop(_HANDLE, None)
+    return copied
+
+
+def adopt(processor: Any, layer: Layer) -> Any:
+    """A copy of a stock processor that calls `layer`; the original is not touched and may be shared.
+
+    Raises:
+        UnsupportedError: If the processor's class makes no attention call that can be replaced.
+    """
+    adopted = _adopted_class(type(processor))
+    copied = copy.copy(processor)
+    copied.__class__ = adopted
+    copied.__dict__[_HANDLE] = layer
+    return copied
+
+
+def give_back(adopted: Any, original: Any) -> None:
+    """Carries over to the original what the user set on its adopted copy since (an attention backend, say)."""
+    state = {name: value for name, value in adopted.__dict__.items() if name != _HANDLE}
+    if state != original.__dict__:
+        original.__dict__.clear()
+        original.__dict__.update(state)
+
+
+def stock_processors(model: torch.nn.Module) -> dict[str, Any]:
+    """Fresh processors of the classes that the model's own constructor sets, by module name."""
+    with torch.device("meta"):
+        twin = type(model).from_config(model.config)
+    return {name: module.processor for name, module in twin.named_modules() if hasattr(module, "processor")}
