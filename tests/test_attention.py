@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plans import box_rule, metric_plan, random_bits_plan
 
 from fastdiff_kernels import (
     BlockPlan,
@@ -14,7 +15,6 @@ from fastdiff_kernels import (
     choose_backend,
     snake_order,
 )
-from plans import box_rule, metric_plan, random_bits_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")

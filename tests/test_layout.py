@@ -5,7 +5,9 @@ import pytest
 from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout
 
 
-@pytest.mark.parametrize(("text", "grid"), [("21x45x80", Grid(21, 45, 80)), (" 9X17x23 ", Grid(9, 17, 23)), ("64x48", Grid(1, 64, 48))])
+@pytest.mark.parametrize(
+    ("text", "grid"), [("21x45x80", Grid(21, 45, 80)), (" 9X17x23 ", Grid(9, 17, 23)), ("64x48", Grid(1, 64, 48))]
+)
 def test_grid_parses(text, grid):
     assert Grid.parse(text) == grid
     assert Grid.parse(str(grid)) == grid

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from plans import metric_plan
 
 from fastdiff_kernels import Grid, attention
 from fastdiff_kernels.ops import block_sparse, block_sparse_backward
-from plans import metric_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from plans import box_rule, metric_plan, metric_rule, random_bits_plan, truth_of
 
 from fastdiff_kernels import (
     BlockPlan,
@@ -19,7 +20,6 @@ from fastdiff_kernels import (
 )
 from fastdiff_kernels.plan import plan_of
 from fastdiff_kernels.reference import dense_mask
-from plans import box_rule, metric_plan, metric_rule, random_bits_plan, truth_of
 
 LAYOUTS = [
     TokenLayout.self_attention(Grid(3, 5, 7)),

@@ -1,6 +1,7 @@
 """Radial: the released code's block counts, our modes block by block, the solver, JSON, refusals."""
 
 import json
+import pickle
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from fastdiff.methods import METHODS, RadialConfig, load_config
 from fastdiff.methods.planner import PlanCache, Planner
+from fastdiff.methods.radial import disc_limits
 from fastdiff.methods.radial_reference import block_mask
 from fastdiff_kernels import Grid, InvalidInputError, TokenLayout, UnsupportedError, attention
 from fastdiff_kernels.reference import dense_mask
@@ -82,7 +84,8 @@ def test_improved_modes_equal_the_definition_block_by_block(grid, mode, sink):
     layout = TokenLayout.self_attention(grid, text_before=3, text_after=2)
     plan = config.build_plan(layout)
     mask = dense_mask(plan)[0]
-    limits, widths = plan.rule.limits().tolist(), config.widths(grid).tolist()
+    widths = config.widths(grid)
+    limits, widths = disc_limits(grid, widths).tolist(), widths.tolist()
     order = plan.query.order[0].reshape(-1, 32)
     blocks = [[t - 3 for t in row.tolist() if t >= 0] for row in order]
     blocks = [row for row in blocks if 0 <= row[0] < grid.tokens]
@@ -116,15 +119,13 @@ def test_improved_modes_never_leave_a_row_empty(grid, mode):
 
 
 def test_discs_hold_as_many_pairs_as_bands():
-    from fastdiff.methods.radial import _disc_limits
-
     grid = Grid(9, 13, 22)
     config = RadialConfig(decay_factor=0.5)
     widths = config.widths(grid)
     y, x = grid.coordinates()[: grid.frame_tokens, 1:].unbind(1)
     squares = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
     raster = torch.arange(grid.frame_tokens)
-    for width, limit in zip(widths.tolist(), _disc_limits(grid, widths).tolist(), strict=True):
+    for width, limit in zip(widths.tolist(), disc_limits(grid, widths).tolist(), strict=True):
         if width < 0:
             assert limit < 0
             continue
@@ -256,6 +257,7 @@ def test_planner_shares_plans_and_forgets_the_oldest():
     cache = PlanCache(limit_bytes=1)
     planner = Planner(config, cache)
     first = planner.plan(layout, layer=0, **call)
+    assert pickle.loads(pickle.dumps(planner)).config == config
     other = planner.plan(TokenLayout.self_attention(Grid(4, 6, 6)), layer=0, **call)
     assert planner.plan(layout, layer=0, **call) is not first
     assert other.query_tokens == 144

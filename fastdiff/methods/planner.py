@@ -53,6 +53,9 @@ class Planner:
         self.config = config
         self._cache = _shared_cache if cache is None else cache
 
+    def __reduce__(self):
+        return Planner, (self.config,)
+
     def plan(
         self,
         layout: TokenLayout,

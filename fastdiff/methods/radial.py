@@ -78,7 +78,7 @@ class RadialConfig(MethodConfig):
                 f"{_RASTER_LIMIT} at most. Use mode 'tiled'."
             )
         widths = self.widths(grid)
-        limits = _disc_limits(grid, widths) if tiled else torch.where(widths < 0, -1, widths * widths)
+        limits = disc_limits(grid, widths) if tiled else torch.where(widths < 0, -1, widths * widths)
         rule = Rule.metric(limits, b=int(tiled), sink_frames=int(self.sink))
         order = snake_order if tiled else raster_order
         return BlockPlan.from_rule(layout, rule, block_q=block, block_k=block, grid_order=centred(order))
@@ -151,7 +151,7 @@ def _largest_within(config: RadialConfig, name: str, density: float, reached) ->
     return replace(config, **{name: low / 1024})
 
 
-def _disc_limits(grid: Grid, widths: torch.Tensor) -> torch.Tensor:
+def disc_limits(grid: Grid, widths: torch.Tensor) -> torch.Tensor:
     """Squared radii whose discs hold as many pairs of a frame's tokens as the raster bands do, int32 `[frames]`."""
     dy, dx = torch.arange(grid.height), torch.arange(grid.width)
     # Each offset stands for itself and its mirror images; at 0 an image is the offset itself.

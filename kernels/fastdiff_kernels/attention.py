@@ -12,6 +12,8 @@ from .ops import block_sparse
 from .plan import BlockPlan
 from .reference import reference
 
+# Looked up once: torch.compile cannot trace the look-up.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -73,9 +75,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
         raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
     if backend in ("torch", "reference"):
         return backend
-    if backend == "auto" and (device.type != "cuda" or not _has_triton()):
+    if backend == "auto" and (device.type != "cuda" or not _HAS_TRITON):
         return "torch"
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise MissingDependencyError("backend 'triton' needs the triton package: pip install triton.")
     if device.type != "cuda" and not _interpreted():
         raise UnsupportedError(
@@ -95,7 +97,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
 
 def backends() -> list[tuple[str, bool, str]]:
     """Every backend as (name, can run here, why)."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         triton = (False, "triton is not installed (pip install triton)")
     elif torch.cuda.is_available():
         triton = (True, f"default on {torch.cuda.get_device_name()}")
@@ -109,10 +111,6 @@ def backends() -> list[tuple[str, bool, str]]:
         ("torch", True, default + "any device, skips what the plan skips"),
         ("reference", True, "dense with a mask: the truth for tests, slow"),
     ]
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreted() -> bool:

@@ -35,7 +35,9 @@ def _box_holds(rule, query, key, axis_start, axis_length):
 
 
 @triton.jit
-def _visible(q_table, k_table, q_slots, k_slots, rule, word, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def _visible(
+    q_table, k_table, q_slots, k_slots, rule, word, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Which pairs of a tile of a partial block are computed, bool [queries, keys]."""
     span = tl.load(k_table + k_slots * 5 + 3)
     whole = (tl.load(q_table + q_slots * 5 + 3)[:, None] & span[None, :]) != 0
@@ -153,7 +155,9 @@ def _forward_kernel(
     q_table += head64 * q_slots_of_head * 5
     k_table += head64 * k_slots_of_head * 5
     if HAS_KEY_MASK:
-        key_mask += (batch64 * (heads if KEY_MASK_OF_HEAD else 1) + (head64 if KEY_MASK_OF_HEAD else 0)) * k_slots_in_all
+        key_mask += (
+            batch64 * (heads if KEY_MASK_OF_HEAD else 1) + (head64 if KEY_MASK_OF_HEAD else 0)
+        ) * k_slots_in_all
     acc = tl.zeros([TILE_Q, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([TILE_Q], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([TILE_Q], dtype=tl.float32)

@@ -132,7 +132,9 @@ class Side:
     def boxes(self) -> torch.Tensor:
         """Lowest and highest coordinates of the tokens of each block, int32 `[blocks, 2, 3]`; shared orders only."""
         blocks = (self.blocks, self.block)
-        return torch.stack(_boxes(self.table[0, :, :3].unflatten(0, blocks), (self.order[0] < 0).unflatten(0, blocks)), 1)
+        return torch.stack(
+            _boxes(self.table[0, :, :3].unflatten(0, blocks), (self.order[0] < 0).unflatten(0, blocks)), 1
+        )
 
     def padded_blocks(self) -> torch.Tensor:
         """Which blocks hold padding, bool `[1 or heads, blocks]`."""

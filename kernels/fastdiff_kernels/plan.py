@@ -128,6 +128,9 @@ class BlockPlan:
         query = Side.arrange(layout.query, block_q, query_bits, grid_order)
         key = Side.arrange(layout.key, block_k, key_bits, grid_order)
         touched, whole = classify(rule, query.boxes(), key.boxes())
+        if torch.equal(touched, whole):
+            # Blocks decide alone; a kernel then need not evaluate the rule where a block is partial by padding.
+            rule = Rule.none()
         # Spans fill whole blocks, so the first slot of a block speaks for all of it.
         query_first, key_first = query.table[0, ::block_q], key.table[0, None, ::block_k, 3]
         seen_whole = (query_first[:, None, 3] & key_first) != 0

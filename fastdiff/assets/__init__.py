@@ -1,0 +1,62 @@
+"""The embedded pipelines by name: where each lies, and how it is run when a user says nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdiff_kernels import InvalidInputError
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What `generate` and `compare` use where the user leaves an option out; None keeps the pipeline's own value.
+
+    Attributes:
+        density: Density that the method's config is solved for; None takes the config's own defaults.
+        fps: Frames per second of the written video.
+    """
+
+    prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    density: float | None = None
+    fps: int = 16
+
+
+# A model that is not embedded runs with its pipeline's own sizes.
+FOREIGN = GenerationDefaults()
+
+EMBEDDED = {
+    "tiny-wan": GenerationDefaults(
+        prompt="a red circle moving right",
+        height=128,
+        width=128,
+        num_frames=33,
+        steps=12,
+        guidance_scale=4.0,
+        density=0.4,
+    ),
+}
+
+
+def pipeline_path(name: str) -> Path:
+    """The folder of an embedded pipeline, as `from_pretrained` takes it.
+
+    Raises:
+        InvalidInputError: If there is no embedded pipeline of this name, or the installation lacks its files.
+    """
+    if name not in EMBEDDED:
+        raise InvalidInputError(f"{name!r} is no embedded pipeline; there are {', '.join(EMBEDDED)}.")
+    path = FOLDER / name
+    if not (path / "model_index.json").is_file():
+        raise InvalidInputError(
+            f"the files of {name!r} are missing from this installation ({path}); install fastdiff-attention anew."
+        )
+    return path

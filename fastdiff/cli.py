@@ -1,0 +1,54 @@
+"""The `fastdiff` command: its commands and its exit codes. Each command is a file of fastdiff/commands."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fastdiff.commands.compare import compare
+from fastdiff.commands.doctor import doctor
+from fastdiff.commands.failures import exit_code
+from fastdiff.commands.generate import generate
+from fastdiff.commands.plan import plan
+
+app = typer.Typer(
+    name="fastdiff",
+    help="Sparse self-attention for diffusers pipelines: generate, compare, look at plans.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+for command in (generate, compare, plan, doctor):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from fastdiff import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    if arguments is None:
+        arguments = sys.argv[1:]
+        # `kill` cleans up as Ctrl-C does: no half-written files stay behind.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    words = list(arguments) or ["--help"]
+    return exit_code(lambda: app(words, prog_name="fastdiff", standalone_mode=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The options that generate and compare share, and what they ask for once parsed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Model = Annotated[str, typer.Option(help="tiny-wan (embedded), a diffusers folder, or the id of a Hub repository.")]
+Method = Annotated[str, typer.Option(help="dense, or a sparse method: radial.")]
+Config = Annotated[str | None, typer.Option(help="The method's settings: a JSON file, or JSON text.")]
+Density = Annotated[
+    float | None, typer.Option(help="Instead of --config: solve the settings for this share of computed scores.")
+]
+Prompt = Annotated[str | None, typer.Option(help="What to show.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+NumFrames = Annotated[int | None, typer.Option(help="Frames of the video.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Fewer is faster and coarser.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="How strictly the prompt is followed.")]
+Seed = Annotated[int | None, typer.Option(help="Of the noise: the same seed gives the same video.")]
+DenseSteps = Annotated[
+    str, typer.Option(help="Steps that stay dense: the first N, or indices such as 0,1,-1. More is slower and safer.")
+]
+DenseLayers = Annotated[str, typer.Option(help="Layers that stay dense, likewise.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps. auto takes a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on cuda, else float32.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked of generate or compare; None means the model's own default."""
+
+    model: str
+    method: str
+    config: str | None
+    density: float | None
+    prompt: str | None
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    steps: int | None
+    guidance_scale: float | None
+    seed: int | None
+    dense_steps: int | list[int]
+    dense_layers: int | list[int]
+    device: str
+    dtype: str
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Request:
+        """Reads the local variables of a command, and checks all that needs neither model nor torch.
+
+        Raises:
+            InvalidInputError: If a value is out of range, or two options contradict each other.
+        """
+        values = {name: options[name] for name in cls.__dataclass_fields__}
+        for name in ("dense_steps", "dense_layers"):
+            values[name] = _schedule(name, values[name])
+        request = cls(**values)
+        request._check()
+        return request
+
+    def _check(self) -> None:
+        _one_of("--device", self.device, DEVICES)
+        _one_of("--dtype", self.dtype, DTYPES)
+        for name in ("height", "width", "num_frames", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise _invalid(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
+            raise _invalid(f"--guidance-scale is {self.guidance_scale}; it must be from 0 to 100.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise _invalid(f"--seed is {self.seed}; it must be from 0 to {2**63 - 1}.")
+        if self.prompt is not None and not self.prompt.strip():
+            raise _invalid("--prompt is empty; say what to show.")
+        check_settings(self.method, self.config, self.density)
+        dense = {"--dense-steps": self.dense_steps, "--dense-layers": self.dense_layers}
+        for name, value in dense.items():
+            if self.method == "dense" and value != 0:
+                raise _invalid(f"{name} goes with a sparse method; --method is dense.")
+
+
+def check_settings(method: str, config: str | None, density: float | None) -> None:
+    """Whether the options of a method go together.
+
+    Raises:
+        InvalidInputError: If they do not.
+    """
+    from fastdiff.methods import METHODS
+
+    _one_of("--method", method, ("dense", *METHODS))
+    if config is not None and density is not None:
+        raise _invalid("--config and --density exclude each other; give one of them.")
+    if density is not None and not 0 < density <= 1:
+        raise _invalid(f"--density is {density}; it must be above 0 and at most 1.")
+    if method == "dense" and (config is not None or density is not None):
+        raise _invalid("--config and --density go with a sparse method; --method is dense.")
+
+
+def settings_for(method: str, config: str | None, density: float | None, grid) -> Any:
+    """The method's config: as given, else solved for a density, else the method's defaults.
+
+    Raises:
+        InvalidInputError: If the config cannot be read, or this grid does not allow the density.
+    """
+    from fastdiff.methods import METHODS, load_config
+
+    if config is not None:
+        loaded = load_config(config, method)
+        if loaded.method != method:
+            raise _invalid(f"--method is {method} and --config is for {loaded.method}; give the same.")
+        return loaded
+    kind = METHODS[method]
+    return kind() if density is None else kind.for_density(density, grid)
+
+
+def _invalid(message: str) -> Exception:
+    # Its package brings torch, for which `--help` should not wait.
+    from fastdiff_kernels.errors import InvalidInputError
+
+    return InvalidInputError(message)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise _invalid(f"{option} is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def _schedule(name: str, text: str) -> int | list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        numbers = [int(word) for word in words]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise _invalid(
+            f"--{name.replace('_', '-')} is {text!r}; give a number (the first N) or indices such as 0,1,-1."
+        )
+    return numbers[0] if numbers[0] >= 0 and "," not in text else numbers

@@ -1,0 +1,72 @@
+"""Results on disk: checked before the long run, written under a temporary name, there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fastdiff_kernels.errors import InvalidInputError
+
+# Room for reports, pictures and what the video encoder buffers.
+SPARE_BYTES = 16 * 2**20
+
+
+@contextlib.contextmanager
+def staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yields a temporary folder inside `folder`; its files move to `folder` when the body ends without an error.
+
+    Args:
+        folder: Where the results go; it is created.
+        names: The files that the body will write.
+
+    Raises:
+        InvalidInputError: Before the body runs, if `folder` cannot be written, lacks room, or holds a folder of one
+            of those names.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".fastdiff-", dir=folder))
+    except OSError as error:
+        _remove_empty(missing)
+        raise InvalidInputError(
+            f"cannot write to {folder}: {error.strerror}; choose another place with --output."
+        ) from error
+    done = False
+    try:
+        for name in names:
+            if (folder / name).is_dir():
+                raise InvalidInputError(f"{folder / name} is a folder; choose another place with --output.")
+        check_room(folder)
+        yield temporary
+        for name in names:
+            os.replace(temporary / name, folder / name)
+        done = True
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not done:
+            _remove_empty(missing)
+
+
+def check_room(folder: Path, video_bytes: int = 0) -> None:
+    """Compares free space with the size of all videos uncompressed, the upper limit of what they take.
+
+    Raises:
+        InvalidInputError: If there is less.
+    """
+    free, needed = shutil.disk_usage(folder).free, video_bytes + SPARE_BYTES
+    if free < needed:
+        raise InvalidInputError(
+            f"{folder} has {free / 2**20:.0f} MiB of free space and up to {needed / 2**20:.0f} MiB are needed; make "
+            "room, or choose another place with --output."
+        )
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -1,0 +1,91 @@
+"""One generation, timed, with its progress shown."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastdiff_kernels.errors import FastDiffError
+
+from .pipelines import Job
+from .screen import stage
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished generation.
+
+    Attributes:
+        video: Frames `[frames, 3, height, width]`, float32 on the CPU, in [0, 1].
+        seconds: The whole pipeline call: text, denoising, decoding.
+        seconds_per_step: Median of the denoising steps.
+    """
+
+    video: torch.Tensor
+    seconds: float
+    seconds_per_step: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "seconds_per_step": self.seconds_per_step}
+
+
+def generate_video(pipe: Any, job: Job, title: str) -> Run:
+    """Runs the pipeline once.
+
+    Raises:
+        FastDiffError: If the video has values that are not finite.
+    """
+    import torch
+
+    from fastdiff.measure.timing import synchronize
+
+    marks: list[float] = []
+    with stage(title, total=job.steps) as shown:
+
+        def on_step_end(_pipe, _step, _timestep, tensors):
+            synchronize(pipe.device)
+            marks.append(time.perf_counter())
+            shown.advance()
+            if len(marks) == job.steps:
+                shown.rename(f"{title}, decoding")
+            return tensors
+
+        start = time.perf_counter()
+        frames = _call(pipe, job, job.steps, output_type="pt", callback_on_step_end=on_step_end).frames[0]
+        synchronize(pipe.device)
+        seconds = time.perf_counter() - start
+    video = frames.detach().float().cpu()
+    if not bool(torch.isfinite(video).all()):
+        raise FastDiffError(f"{title}: the video has values that are not finite; try --dtype float32.")
+    durations = [after - before for before, after in zip([start, *marks], marks, strict=False)]
+    # The first step also pays for the text encoder.
+    return Run(video.clamp(0, 1), seconds, statistics.median(durations[1:] or durations or [seconds]))
+
+
+def warm_up(pipe: Any, job: Job) -> None:
+    """One step whose result is dropped: allocations, compilation and plans are not timed later."""
+    _call(pipe, job, 1, output_type="latent")
+
+
+def _call(pipe: Any, job: Job, steps: int, **more) -> Any:
+    import torch
+
+    arguments = {
+        "prompt": job.prompt,
+        "height": job.height,
+        "width": job.width,
+        "num_frames": job.num_frames,
+        "num_inference_steps": steps,
+        "guidance_scale": job.guidance_scale,
+        # On the CPU, so that a seed means the same noise on every device.
+        "generator": torch.Generator("cpu").manual_seed(job.seed),
+        **more,
+    }
+    known = inspect.signature(pipe.__call__).parameters
+    return pipe(**{name: value for name, value in arguments.items() if name in known and value is not None})

@@ -1,0 +1,62 @@
+"""Results as tables on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def comparison(report: dict[str, Any], folder: Path) -> None:
+    """The table of `fastdiff compare`, a verdict, and where the files are."""
+    out = Console(highlight=False)
+    title = f"{report['model']}: {report['num_frames']} frames of {report['width']}x{report['height']}, "
+    title += f"{report['tokens']} tokens, {report['steps']} steps, {report['device']} {report['dtype']}"
+    table = Table()
+    table.add_column("")
+    for name in ("dense", report["method"], "gain"):
+        table.add_column(name, justify="right")
+    alone = report["attention"]
+    table.add_row("density", "1", f"{report['density']:.3f}", "")
+    if report["mean_density"] != report["density"]:
+        table.add_row("density, mean over steps and layers", "1", f"{report['mean_density']:.3f}", "")
+    rows = (
+        ("whole run, s", report["seconds_dense"], report["seconds_sparse"], "{:.2f}"),
+        ("denoising step, s", report["seconds_per_step_dense"], report["seconds_per_step_sparse"], "{:.3f}"),
+        ("attention alone, ms", 1e3 * alone["dense"]["median"], 1e3 * alone["sparse"]["median"], "{:.1f}"),
+    )
+    for name, dense, sparse, form in rows:
+        table.add_row(name, form.format(dense), form.format(sparse), f"{dense / sparse:.2f}x")
+    same = report["identical"]
+    table.add_row("PSNR against dense, dB", "", "identical" if same else f"{report['psnr']:.1f}", "")
+    table.add_row("SSIM against dense", "", f"{report['ssim']:.3f}", "")
+    out.print(title, markup=False)
+    out.print(table)
+    out.print(verdict(report), markup=False)
+    out.print(f"Results in {folder}: side_by_side.mp4, frames.png, report.json, dense.mp4, sparse.mp4", markup=False)
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """One line: what sparse attention brought here."""
+    gain = report["speedup"]
+    pays = f"{gain:.2f}x as fast end to end" if gain > 1.02 else f"no faster end to end here ({gain:.2f}x)"
+    fidelity = "bit-identical" if report["identical"] else f"{report['psnr']:.1f} dB, SSIM {report['ssim']:.3f}"
+    if report["density"] >= 1:
+        pays = "saves nothing, the grid is too small for its blocks"
+    return (
+        f"{report['method'].capitalize()} at density {report['density']:.2f}: {pays}, attention alone "
+        f"{report['attention_speedup']:.2f}x; {fidelity} against dense."
+    )
+
+
+def pairs(title: str, rows: dict[str, str]) -> None:
+    """A two-column table."""
+    out = Console(highlight=False)
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)

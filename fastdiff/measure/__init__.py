@@ -1,0 +1,1 @@
+"""Measuring what sparse attention costs and gains: time (timing), fidelity (quality), the record of both (report)."""
