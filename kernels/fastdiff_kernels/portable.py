@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,25 +13,15 @@ import torch.nn.functional as F
 from .order import Side
 from .plan import BlockPlan
 
-# Keys and values that are gathered for one call: more rows in a call cost less overhead, and leave the cache.
-_CALL_BYTES = 4 * 2**20
-# What is prepared of a plan is kept between calls only while it is small.
+# Biases of rows with partial blocks are kept between calls only while they are small.
 _KEPT_BYTES = 256 * 2**20
 _kept: weakref.WeakKeyDictionary[BlockPlan, dict] = weakref.WeakKeyDictionary()
 
 
-class _Rows(NamedTuple):
-    """Query blocks with equally many key blocks, computed in one call.
+class _Row(NamedTuple):
+    """One query block: its key blocks, an additive bias `[block_q, keys]` and its queries without keys, or None."""
 
-    Attributes:
-        queries: The query blocks, int64 `[rows]`.
-        keys: Their key blocks, int64 `[rows, n]`.
-        bias: What is added to the scores, `[1 or batch x heads, rows, block_q, n x block_k]`, or None.
-        empty: Queries without keys, bool of the shape of `bias` with 1 key, or None.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
+    blocks: torch.Tensor
     bias: torch.Tensor | None
     empty: torch.Tensor | None
 
@@ -44,7 +35,7 @@ def portable(
     key_mask: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A dense call for every few query blocks and the key blocks of their rows; arguments as in `attention`.
+    """One dense call for each query block and the key blocks of its row; see `attention` for the arguments.
 
     Returns:
         Output `[batch, query tokens, heads, head_dim]` and, where asked for, the natural log-sum-exp
@@ -53,18 +44,22 @@ def portable(
     queries, keys, values = _to_slots(q, k, v, plan)
     out = torch.zeros_like(queries)
     lse = queries.new_full(queries.shape[:-1], float("-inf"), dtype=torch.float32) if return_lse else None
-    for heads, rows in _calls(plan, q, key_mask):
-        query, key, value = _select(queries, keys, values, heads, rows)
+    # Fresh memory costs page faults, on the CPU more than the copying: all rows share what the longest needs.
+    room = keys.new_empty(2, plan.longest_row * keys[:, :, 0].numel())
+    for heads, index, row in _rows(plan, q.dtype, key_mask):
+        query = queries[:, heads, index]
+        key, value = (_row_blocks(x[:, heads], row, part) for x, part in zip((keys, values), room, strict=True))
         if return_lse:
-            weights, rows_lse = _softmax(query, key, rows, scale)
-            result = (weights @ value.to(weights.dtype)).to(q.dtype)
-            _put(lse[..., None], heads, rows.queries, rows_lse[..., None])
-        else:
-            result = F.scaled_dot_product_attention(query, key, value, attn_mask=rows.bias, scale=scale)
-            result = result if rows.empty is None else result.masked_fill(rows.empty, 0)
-        _put(out, heads, rows.queries, result)
-    lse = _to_tokens(lse[..., None], plan.query)[..., 0].transpose(1, 2) if return_lse else None
-    return _to_tokens(out, plan.query), lse
+            weights, row_lse = _softmax(query, key, row, scale)
+            out[:, heads, index] = (weights @ value.to(weights.dtype)).to(q.dtype)
+            lse[:, heads, index] = row_lse
+            continue
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=row.bias, scale=scale)
+        out[:, heads, index] = result if row.empty is None else result.masked_fill(row.empty, 0)
+    place = _inverse(plan.query.order, plan.query_tokens)
+    if return_lse:
+        lse = _pick(lse.flatten(2)[..., None], place)[..., 0]
+    return _pick(out.flatten(2, 3), place).transpose(1, 2), lse
 
 
 def portable_backward(
@@ -77,7 +72,7 @@ def portable_backward(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, with the softmax computed anew.
+    """Gradients of q, k and v, row by row, with the softmax computed anew.
 
     Args:
         grad: Gradient of the output `[batch, query tokens, heads, head_dim]`.
@@ -85,104 +80,71 @@ def portable_backward(
         q, k, v, plan, scale, key_mask: As in the forward call.
     """
     exact = torch.promote_types(q.dtype, torch.float32)
-    queries, keys, values = (x.to(exact) for x in _to_slots(q, k, v, plan))
+    queries, keys, values = _to_slots(q, k, v, plan)
     # Padding queries repeat token 0; without a gradient they leave no trace.
     padding = (plan.query.order < 0).unflatten(1, (-1, plan.query.block))[None, ..., None]
-    grads = _gather(grad.to(exact), plan.query).masked_fill(padding, 0)
+    grads = _gather(grad, plan.query).masked_fill(padding, 0)
+    grads_lse = None
     if grad_lse is not None:
-        grads_lse = _gather(grad_lse.transpose(1, 2)[..., None].to(exact), plan.query).masked_fill(padding, 0)
-    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))
-    for heads, rows in _calls(plan, q, key_mask):
-        query, key, value = _select(queries, keys, values, heads, rows)
-        upstream = _of_heads(grads, heads).index_select(1, rows.queries)
-        weights, _ = _softmax(query, key, rows, scale)
+        grads_lse = _gather(grad_lse.transpose(1, 2)[..., None], plan.query).masked_fill(padding, 0)
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=exact) for x in (queries, keys, values))
+    for heads, index, row in _rows(plan, q.dtype, key_mask):
+        query, upstream = (x[:, heads, index].to(exact) for x in (queries, grads))
+        key, value = (_row_blocks(x[:, heads], row).to(exact) for x in (keys, values))
+        weights, _ = _softmax(query, key, row, scale)
         slope = upstream @ value.transpose(-1, -2)
         slope = slope - (slope * weights).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            slope = slope + _of_heads(grads_lse, heads).index_select(1, rows.queries)
+        if grads_lse is not None:
+            slope = slope + grads_lse[:, heads, index]
         slope = slope * weights * scale
-        _put(grad_q, heads, rows.queries, slope @ key)
-        for total, part in ((grad_k, slope.mT @ query), (grad_v, weights.mT @ upstream)):
-            blocks = part.unflatten(2, (-1, plan.key.block)).flatten(1, 2)
-            _of_heads(total, heads).index_add_(1, rows.keys.flatten(), blocks)
+        blocks = (len(row.blocks), plan.key.block)
+        grad_q[:, heads, index] = slope @ key
+        grad_k[:, heads].index_add_(2, row.blocks, (slope.transpose(-1, -2) @ query).unflatten(2, blocks))
+        grad_v[:, heads].index_add_(2, row.blocks, (weights.transpose(-1, -2) @ upstream).unflatten(2, blocks))
     sides = (plan.query, plan.key, plan.key)
-    return tuple(_to_tokens(x, s).to(q.dtype) for x, s in zip((grad_q, grad_k, grad_v), sides, strict=True))
+    tokens = (
+        _pick(x.flatten(2, 3), _inverse(side.order, side.tokens)).transpose(1, 2)
+        for x, side in zip((grad_q, grad_k, grad_v), sides, strict=True)
+    )
+    return tuple(x.to(q.dtype) for x in tokens)
 
 
-def _softmax(query, key, rows, scale):
-    """Weights `[batch x heads, rows, block_q, keys]` and log-sum-exp; 0 and -inf for queries without keys."""
+def _row_blocks(x, row, room=None):
+    """The key blocks of a row, `[batch, heads, keys, head_dim]`, written into `room` where it is given."""
+    shape = (*x.shape[:2], len(row.blocks), *x.shape[3:])
+    out = None if room is None else room[: math.prod(shape)].view(shape)
+    return torch.index_select(x, 2, row.blocks, out=out).flatten(2, 3)
+
+
+def _softmax(query, key, row, scale):
+    """Weights `[batch, heads, block_q, keys]` and log-sum-exp of one row; 0 and -inf for queries without keys."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(exact) @ key.to(exact).mT * scale
-    scores = scores if rows.bias is None else scores + rows.bias
+    scores = query.to(exact) @ key.to(exact).transpose(-1, -2) * scale
+    scores = scores if row.bias is None else scores + row.bias
     lse = torch.logsumexp(scores, dim=-1)
     weights = (scores - lse[..., None]).exp()
-    if rows.empty is None:
+    if row.empty is None:
         return weights, lse
-    return weights.masked_fill(rows.empty, 0), lse.masked_fill(rows.empty[..., 0], float("-inf"))
+    return weights.masked_fill(row.empty, 0), lse.masked_fill(row.empty[..., 0], float("-inf"))
 
 
-def _calls(plan: BlockPlan, q: torch.Tensor, key_mask: torch.Tensor | None) -> Iterator[tuple[slice, _Rows]]:
-    """The calls that make up one attention: the heads and the rows of each."""
-    batch, _, heads, dim = q.shape
-    hidden = None
-    if key_mask is not None:
-        slots = ~key_mask[:, plan.key.order.clamp(min=0).long()].unflatten(2, (-1, plan.key.block))
-        hidden = slots.expand(-1, heads, -1, -1)
+def _rows(plan: BlockPlan, dtype: torch.dtype, key_mask: torch.Tensor | None):
+    """Yields for every query block with keys the heads it is for, its index, and its _Row."""
+    hidden = None if key_mask is None else _gather_mask(~key_mask, plan)
     for head in range(plan.heads or 1):
-        group = slice(None) if plan.heads is None else slice(head, head + 1)
-        together = batch * (heads if plan.heads is None else 1)
-        for rows in _plan_rows(plan, head, q.dtype, 2 * together * dim * q.dtype.itemsize):
+        heads = slice(None) if plan.heads is None else slice(head, head + 1)
+        for index, row in enumerate(_plan_rows(plan, head, dtype)):
+            if len(row.blocks) == 0:
+                continue
             if hidden is not None:
-                rows = _hide(rows, _of_heads(hidden, group)[:, rows.keys].flatten(2), q.dtype)
-            yield group, rows
+                row = _hide(row, hidden[:, head % hidden.shape[1], row.blocks].flatten(1), dtype)
+            yield heads, index, row
 
 
-def _plan_rows(plan: BlockPlan, head: int, dtype: torch.dtype, bytes_per_key: int) -> Iterable[_Rows]:
-    per_block = max(1, _CALL_BYTES // (bytes_per_key * plan.key.block))
-    rows = _group_rows(plan, head, dtype, per_block)
-    area = (plan.full_blocks + plan.partial_blocks) * plan.query.block * plan.key.block
-    if plan.partial_blocks and area * dtype.itemsize > _KEPT_BYTES:
-        return rows
-    kept = _kept.setdefault(plan, {})
-    key = (head, dtype, per_block)
-    if key not in kept:
-        kept[key] = list(rows)
-    return kept[key]
-
-
-def _group_rows(plan: BlockPlan, head: int, dtype: torch.dtype, per_call: int) -> Iterator[_Rows]:
-    """Neighbouring rows of equal length, at most `per_call` key blocks at once; rows without keys are left out."""
-    which = head % plan.lists
-    full, partial = plan.full.counts[which].tolist(), plan.partial.counts[which].tolist()
-    start = 0
-    while start < plan.query_blocks:
-        length = full[start] + partial[start]
-        end = start + 1
-        fits = start + max(1, per_call // max(1, length))
-        while end < min(fits, plan.query_blocks) and (full[end], partial[end]) == (full[start], partial[start]):
-            end += 1
-        if length:
-            yield _rows(plan, head, range(start, end), dtype)
-        start = end
-
-
-def _rows(plan: BlockPlan, head: int, rows: range, dtype: torch.dtype) -> _Rows:
-    which = head % plan.lists
-    full = torch.stack([plan.row(plan.full, which, row) for row in rows])
-    partial = torch.stack([plan.row(plan.partial, which, row) for row in rows])
-    queries, keys = torch.arange(rows.start, rows.stop, device=full.device), torch.cat([full, partial], dim=1)
-    if partial.shape[1] == 0:
-        return _Rows(queries, keys, None, None)
-    ruled = torch.stack([plan.partial_mask(head, row) for row in rows])
-    whole = ruled.new_ones(*ruled.shape[:2], full.shape[1], ruled.shape[3])
-    visible = torch.cat([whole, ruled], dim=2).flatten(2)
-    return _Rows(queries, keys, *_bias(visible[None], dtype))
-
-
-def _hide(rows: _Rows, hidden: torch.Tensor, dtype: torch.dtype) -> _Rows:
-    """The rows under a key mask, hidden `[batch x heads, rows, keys]`."""
-    visible = ~hidden[:, :, None, :]
-    return _Rows(rows.queries, rows.keys, *_bias(visible if rows.bias is None else visible & (rows.bias == 0), dtype))
+def _hide(row: _Row, hidden: torch.Tensor, dtype: torch.dtype) -> _Row:
+    """The row under a key mask, hidden `[batch, keys]`; its bias then differs by sample."""
+    visible = ~hidden[:, None, None, :]
+    return _Row(row.blocks, *_bias(visible if row.bias is None else visible & (row.bias == 0), dtype))
 
 
 def _bias(visible: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,24 +154,26 @@ def _bias(visible: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return bias.masked_fill_(~(visible | empty), float("-inf")), empty
 
 
-def _of_heads(x: torch.Tensor, heads: slice) -> torch.Tensor:
-    """Slots of some heads as `[batch x heads, blocks, ...]`, a view."""
-    return x.flatten(0, 1) if heads == slice(None) else x[:, heads.start]
+def _plan_rows(plan: BlockPlan, head: int, dtype: torch.dtype) -> Iterable[_Row]:
+    rows = (_row(plan, head, row, dtype) for row in range(plan.query_blocks))
+    area = (plan.full_blocks + plan.partial_blocks) * plan.query.block * plan.key.block
+    if area * dtype.itemsize > _KEPT_BYTES:
+        return rows
+    kept = _kept.setdefault(plan, {})
+    if (head, dtype) not in kept:
+        kept[head, dtype] = list(rows)
+    return kept[head, dtype]
 
 
-def _select(queries, keys, values, heads, rows):
-    """Query, key and value of a call, each `[batch x heads, rows, tokens, head_dim]`."""
-    query = _of_heads(queries, heads).index_select(1, rows.queries)
-    shape = (*rows.keys.shape, -1)
-    key, value = (
-        _of_heads(x, heads).index_select(1, rows.keys.flatten()).unflatten(1, shape[:2]).flatten(2, 3)
-        for x in (keys, values)
-    )
-    return query, key, value
-
-
-def _put(target: torch.Tensor, heads: slice, queries: torch.Tensor, value: torch.Tensor) -> None:
-    _of_heads(target, heads).index_copy_(1, queries, value)
+def _row(plan: BlockPlan, head: int, row: int, dtype: torch.dtype) -> _Row:
+    which = head % plan.lists
+    full, partial = plan.row(plan.full, which, row), plan.row(plan.partial, which, row)
+    blocks = torch.cat([full, partial])
+    if len(partial) == 0:
+        return _Row(blocks, None, None)
+    ruled = plan.partial_mask(head, row)
+    visible = torch.cat([ruled.new_ones(ruled.shape[0], len(full), ruled.shape[2]), ruled], dim=1).flatten(1)
+    return _Row(blocks, *_bias(visible, dtype))
 
 
 def _to_slots(q, k, v, plan: BlockPlan):
@@ -219,17 +183,7 @@ def _to_slots(q, k, v, plan: BlockPlan):
 def _gather(x: torch.Tensor, side: Side) -> torch.Tensor:
     """Tokens to slots: `[batch, tokens, heads, head_dim]` to `[batch, heads, blocks, block, head_dim]`."""
     # Padding slots take token 0: any finite value does, since no mask lets them be seen.
-    slots = _pick(x.transpose(1, 2), side.order.clamp(min=0).long())
-    return slots.contiguous().unflatten(2, (side.blocks, side.block))
-
-
-def _to_tokens(x: torch.Tensor, side: Side) -> torch.Tensor:
-    """Slots to tokens: `[batch, heads, blocks, block, head_dim]` to `[batch, tokens, heads, head_dim]`."""
-    slots = torch.arange(side.slots, device=x.device).expand_as(side.order)
-    place = side.order.new_zeros(side.order.shape[0], side.tokens + 1, dtype=torch.int64)
-    # Padding slots all write to a last place that is cut off.
-    place.scatter_(1, torch.where(side.order < 0, side.tokens, side.order).long(), slots)
-    return _pick(x.flatten(2, 3), place[:, :-1]).transpose(1, 2)
+    return _pick(x.transpose(1, 2), side.order.clamp(min=0).long()).unflatten(2, (side.blocks, side.block))
 
 
 def _pick(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -237,3 +191,15 @@ def _pick(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     if place.shape[0] == 1:
         return x.index_select(2, place[0])
     return x.gather(2, place[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def _gather_mask(key_mask: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    """A key mask in slots, bool `[batch, 1 or heads, key blocks, block_k]`."""
+    return key_mask[:, plan.key.order.clamp(min=0).long()].unflatten(2, (-1, plan.key.block))
+
+
+def _inverse(order: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The slot of each token, int64 `[1 or heads, tokens]`."""
+    slots = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    inverse = order.new_zeros(order.shape[0], tokens + 1, dtype=torch.int64)
+    return inverse.scatter(1, torch.where(order < 0, tokens, order).long(), slots)[:, :tokens]
