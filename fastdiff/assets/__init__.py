@@ -16,6 +16,7 @@ class GenerationDefaults:
 
     Attributes:
         density: Density that the method's config is solved for; None takes the config's own defaults.
+        dense_share: Share of the steps, from the first on, that stay dense under a sparse method.
         fps: Frames per second of the written video.
     """
 
@@ -27,6 +28,7 @@ class GenerationDefaults:
     guidance_scale: float | None = None
     seed: int = 0
     density: float | None = None
+    dense_share: float = 0.0
     fps: int = 16
 
 
@@ -35,13 +37,14 @@ FOREIGN = GenerationDefaults()
 
 EMBEDDED = {
     "tiny-wan": GenerationDefaults(
-        prompt="a red circle moving right",
+        prompt="a red circle moving right over a striped ground",
         height=128,
         width=128,
         num_frames=65,
         steps=8,
         guidance_scale=4.0,
         density=0.4,
+        dense_share=0.25,
     ),
 }
 

@@ -59,7 +59,7 @@ def sparse_attention(
         yield SparseAttention()
         return
     config = config or settings_for(request.method, request.config, density_of(request), job.grid)
-    kept = {"dense_steps": request.dense_steps, "dense_layers": request.dense_layers} if schedule else {}
+    kept = {"dense_steps": _dense_steps(request, job), "dense_layers": request.dense_layers} if schedule else {}
     fastdiff.apply(pipe, config, **kept)
     try:
         yield _described(fastdiff.summary(pipe, grid=job.grid, steps=job.steps), config, kept)
@@ -74,6 +74,14 @@ def density_of(request: Request) -> float | None:
     if request.density is not None or request.config is not None:
         return request.density
     return defaults_for(request.model).density
+
+
+def _dense_steps(request: Request, job: Job) -> int | list[int]:
+    from .pipelines import defaults_for
+
+    if request.dense_steps is not None:
+        return request.dense_steps
+    return int(defaults_for(request.model).dense_share * job.steps)
 
 
 def _described(summary: Any, config: Any, kept: dict[str, Any]) -> SparseAttention:

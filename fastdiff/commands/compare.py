@@ -31,7 +31,7 @@ def compare(
     steps: o.Steps = None,
     guidance_scale: o.GuidanceScale = None,
     seed: o.Seed = None,
-    dense_steps: o.DenseSteps = "0",
+    dense_steps: o.DenseSteps = None,
     dense_layers: o.DenseLayers = "0",
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
