@@ -42,10 +42,8 @@ def truth_of(layout: TokenLayout, rule: Rule) -> torch.Tensor:
         for k_span, cell in zip(layout.key, cells, strict=True):
             for i in range(q_span.tokens):
                 for j in range(k_span.tokens):
-                    if cell == "rule":
-                        seen = holds(place(q_span.grid, i), place(k_span.grid, j))
-                    else:
-                        seen = cell == "all"
+                    ruled = cell == "rule" and holds(place(q_span.grid, i), place(k_span.grid, j))
+                    seen = cell == "all" or ruled
                     mask[row + i, column + j] = seen
             column += k_span.tokens
         row += q_span.tokens

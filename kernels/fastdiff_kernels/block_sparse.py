@@ -215,7 +215,8 @@ def forward(
     _forward_kernel[grid](
         q, k, v, out, lse, out if key_mask is None else key_mask,
         plan.query.order, plan.query.table, plan.key.table, plan.launch_order,
-        plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices, plan.rule.parameters, plan.bits,
+        plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
+        plan.rule.parameters, plan.bits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, tokens, plan.query_blocks,
         plan.query.slots if plan.query.order.shape[0] > 1 else 0,

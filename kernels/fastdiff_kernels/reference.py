@@ -1,4 +1,4 @@
-"""The truth: dense attention in plain torch with the plan's mask. Slow, needs queries x keys of memory, differentiable."""
+"""The truth: dense attention with the plan's mask, in plain torch. Slow, queries x keys of memory, differentiable."""
 
 from __future__ import annotations
 
