@@ -203,22 +203,25 @@ def bench_cpu(shape: Shape, repeats: int) -> list[dict]:
     return bench.records
 
 
-def conditions(device: str) -> dict:
+def conditions(device: str, commit: str | None) -> dict:
     """What every record carries besides its figures."""
     import triton
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if commit is None:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or "unknown"
     name = torch.cuda.get_device_name() if device == "cuda" else f"none, {platform.machine()} CPU"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     if device == "cpu":
         versions["threads"] = str(torch.get_num_threads())
-    return {"gpu": name, "versions": versions, "commit": git.stdout.strip() or "unknown"}
+    return {"gpu": name, "versions": versions, "commit": commit}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="time the portable backend on the CPU")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--commit", help="for the record, where this is no git checkout")
     parser.add_argument("--output", type=Path, help="by default results/bench-kernels.json or bench-portable.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -228,7 +231,7 @@ def main() -> None:
     records = []
     for shape in cpu_shapes() if options.cpu else gpu_shapes():
         records += (bench_cpu if options.cpu else bench_gpu)(shape, options.repeats)
-    common = conditions(device)
+    common = conditions(device, options.commit)
     output = options.output or Path("results") / ("bench-portable.json" if options.cpu else "bench-kernels.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps([{**record, **common} for record in records], indent=1) + "\n")

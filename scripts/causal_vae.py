@@ -9,15 +9,11 @@ Activations are `[batch, frames, height, width, channels]`, contiguous: norms an
 rows, and convolutions see channels-last memory without a copy.
 """
 
-from typing import Literal
-
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-Convolution = Literal["frames", "volume"]
 
 
 def _normalise(rows: Tensor, gamma: Tensor, activate: bool) -> Tensor:
@@ -32,17 +28,14 @@ class WholeClip:
 
     Args:
         vae: the stock model; its parameters are read at each call and never copied.
-        convolution: "frames" folds the three time taps into channels and calls a 2-D convolution, "volume"
-            calls the 3-D one. Same result; which one is faster depends on cuDNN.
         compiled: fuses the norms by `torch.compile`. Everything else is a library call already, so nothing
             more is compiled, and one graph per channel count serves every clip length and size.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, convolution: Convolution = "frames", compiled: bool = False) -> None:
+    def __init__(self, vae: AutoencoderKLWan, compiled: bool = False) -> None:
         if vae.config.is_residual or vae.config.patch_size is not None or vae.config.attn_scales:
             raise ValueError("only the Wan 2.1 form is handled: is_residual=False, patch_size=None, attn_scales=[]")
         self.vae = vae
-        self.convolution = convolution
         self.compiled = compiled
         # Frame and pixel counts are marked dynamic below, channel counts stay constants for a fast reduction.
         self._fused = torch.compile(_normalise, dynamic=False) if compiled else _normalise
@@ -83,12 +76,8 @@ class WholeClip:
     def _causal(self, conv: nn.Conv3d, x: Tensor) -> Tensor:
         """A 3x3x3 convolution, zero-padded before the first frame only."""
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 2, 0))
-        if self.convolution == "volume":
-            out = F.conv3d(padded.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, padding=(0, 1, 1))
-            return out.permute(0, 2, 3, 4, 1).contiguous()
-        taps = torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], -1)
-        weight = conv.weight.transpose(1, 2).flatten(1, 2)
-        return _per_frame(taps, weight, conv.bias, padding=1)
+        out = F.conv3d(padded.permute(0, 4, 1, 2, 3), conv.weight, conv.bias, padding=(0, 1, 1))
+        return out.permute(0, 2, 3, 4, 1).contiguous()
 
     def _residual(self, block: WanResidualBlock, x: Tensor) -> Tensor:
         shortcut = _pointwise(block.conv_shortcut, x) if isinstance(block.conv_shortcut, nn.Conv3d) else x

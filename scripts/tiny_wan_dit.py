@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from causal_vae import Convolution, WholeClip
+from causal_vae import WholeClip
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tiny_world import UNKNOWN, WORDS, describe, render, sample_scene
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -68,11 +68,10 @@ def cache_latents(
     tokenizer: PreTrainedTokenizerFast,
     buckets: Sequence[Bucket],
     seed: int,
-    convolution: Convolution,
     compiled: bool,
 ) -> list[Cache]:
     """Draws and encodes the clips of all buckets on the VAE's device."""
-    whole = WholeClip(vae, convolution, compiled)
+    whole = WholeClip(vae, compiled)
     device = vae.device
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     deviation = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from causal_vae import Convolution, WholeClip
+from causal_vae import WholeClip
 from diffusers import AutoencoderKLWan
 from tiny_world import render, sample_scene
 from torch import Tensor
@@ -36,12 +36,11 @@ def train_vae(
     vae: AutoencoderKLWan,
     phases: Sequence[Phase],
     seed: int,
-    convolution: Convolution,
     compiled: bool,
     seconds: float | None = None,
 ) -> list[Fit]:
     """Trains `vae` in place, phase after phase with one optimiser."""
-    whole = WholeClip(vae, convolution, compiled)
+    whole = WholeClip(vae, compiled)
     adam = optimiser([vae], betas=(0.9, 0.99), decay=1e-3)
     dice = torch.Generator().manual_seed(seed)
     vae.train()

@@ -41,7 +41,8 @@ def environment(device: str) -> dict:
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
         found["driver"] = _driver()
-    return found | {"versions": versions()}
+    # Only torch itself names its build, such as +cpu.
+    return found | {"versions": versions() | {"torch": torch.__version__}}
 
 
 def _driver() -> str | None:

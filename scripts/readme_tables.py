@@ -1,0 +1,210 @@
+"""Fills the marked sections of README.md from the files in results/, so that no number in it is typed by hand.
+
+    python3 scripts/readme_tables.py               # writes README.md
+    python3 scripts/readme_tables.py --check       # exit code 1 if README.md is not what the files say
+
+A section stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is a key of SECTIONS below. With
+`--missing-ok` a section whose file is not there is left as it is. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE = ("cuDNN SDPA", "torch SDPA")
+
+
+class Stale(Exception):
+    """What keeps README.md from being filled, in one line."""
+
+
+def compare(report: dict[str, Any]) -> str:
+    """One video dense and sparse: `report.json` of `fastdiff compare`."""
+    alone = report["attention"]
+    times = (
+        ("whole run, s", report["seconds_dense"], report["seconds_sparse"], 1),
+        ("one denoising step, s", report["seconds_per_step_dense"], report["seconds_per_step_sparse"], 2),
+        ("attention alone, ms", 1e3 * alone["dense"]["median"], 1e3 * alone["sparse"]["median"], 0),
+    )
+    rows = [
+        ["density of a sparse step", "1", f"{report['density']:.3f}", ""],
+        ["density, mean over steps and layers", "1", f"{report['mean_density']:.3f}", ""],
+        *([name, f"{a:.{digits}f}", f"{b:.{digits}f}", f"{a / b:.2f}×"] for name, a, b, digits in times),
+        ["PSNR against dense, dB", "", f"{report['psnr']:.1f}", ""],
+        ["SSIM against dense", "", f"{report['ssim']:.3f}", ""],
+    ]
+    config = ", ".join(
+        f"{name} {report['config'][name]:.3g}" if name == "decay_factor" else f"{name} {report['config'][name]}"
+        for name in ("mode", "decay_factor", "block_size")
+    )
+    conditions = (
+        f"“{report['prompt']}”: {report['num_frames']} frames of {report['width']}×{report['height']}, "
+        f"{report['tokens']} tokens ({report['grid'].replace('x', '×')}), {report['heads']} heads of "
+        f"{report['head_dim']}, {report['steps']} steps of which {dense_steps(report)} stay dense, seed "
+        f"{report['seed']}; {config}; backend {report['backend']}, {report['dtype']} on {where(report)}; each video "
+        f"once after a warm-up step, a step is the median of {report['steps'] - 1}, attention alone the median of "
+        f"{alone['dense']['repeats']} (spread {1e3 * alone['dense']['spread']:.1f} and "
+        f"{1e3 * alone['sparse']['spread']:.1f} ms between the quartiles); {versions(report['versions'])}."
+    )
+    return table(["", "dense (SDPA)", report["method"], "gain"], rows) + "\n\n" + conditions
+
+
+def dense_steps(report: dict[str, Any]) -> str:
+    chosen = report["dense_steps"]
+    return f"the first {chosen}" if isinstance(chosen, int) else f"those numbered {', '.join(map(str, chosen))}"
+
+
+def where(report: dict[str, Any]) -> str:
+    return report.get("gpu") or f"{report['threads']} CPU threads"
+
+
+def bench(records: list[dict[str, Any]]) -> str:
+    """Kernels alone: what `scripts/bench_kernels.py` writes, one table for all shapes."""
+    rows, shape = [], None
+    for record in records:
+        dense = baseline(record, records)
+        gain = f"{dense['milliseconds'] / record['milliseconds']:.2f}×" if dense else ""
+        mine = (record["shape"], record["dtype"], record["direction"])
+        if mine != shape:
+            shape = mine
+            size = f"{record['tokens']} tokens, {record['heads']} heads of {record['head_dim']}"
+            name = "" if record["shape"].startswith(f"{record['tokens']} tokens") else f"{record['shape']}: "
+            rows.append([f"**{name}{size}, {record['dtype']}, {record['direction']}**", "", "", "", ""])
+        time = f"{significant(record['milliseconds'])} ({significant(record['spread'])})"
+        rows.append([record["kernel"], f"{record['density']:.3f}", time, gain, significant(record["tflops"])])
+    together = ("gpu", "commit", "versions")
+    runs = list({json.dumps([record[name] for name in together]): record for record in records}.values())
+    conditions = [
+        f"{run['gpu'].replace('none, ', '')}, {versions(run['versions'])}"
+        + (f", commit {run['commit']}" if run["commit"] != "unknown" else "")
+        for run in runs
+    ]
+    head = ["kernel", "density", "ms, median (slowest − fastest)", "against dense", "TFLOP/s of computed tiles"]
+    return table(head, rows) + "\n\n" + "; ".join(conditions) + "."
+
+
+def baseline(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The dense kernel that ran the same shape, type and direction."""
+    same = ("shape", "tokens", "heads", "head_dim", "dtype", "direction", "gpu")
+    for other in records:
+        if other["kernel"] in DENSE and all(other[name] == record[name] for name in same):
+            return other
+    return None
+
+
+def tiny_wan(report: dict[str, Any]) -> str:
+    """The embedded model: how well it does what prompts say, dense, on stock diffusers."""
+    rows = []
+    for scheduler, found in report["prompts"].items():
+        rates, verdicts = found["rates"], found["verdicts"]
+        single = sum(verdict["shape_right"] is not None for verdict in verdicts)
+        cells = [f"{100 * rates[name]:.0f} %" for name in ("colour", "shape", "direction", "pair_colours")]
+        rows.append([scheduler, f"{single} + {len(verdicts) - single}", *cells])
+    head = ["scheduler", "prompts (one + two objects)", "colour", "shape", "direction", "both colours of two"]
+    settings, count = report["settings"], report["parameters"]
+    fidelity = report["vae"]["psnr_by_frames"][str(settings["frames"])]["psnr"]
+    read_back = report["vae"]["read_back_rebuilt"]["shape"]
+    conditions = (
+        f"{settings['frames']} frames of {settings['size']}×{settings['size']}, {settings['steps']} steps, guidance "
+        f"{settings['guidance']:g}, seed {report['seed']} and on, dense; {report['gpu']}, "
+        f"{versions(report['versions'])}. Parameters: transformer {millions(count['transformer'])}, VAE "
+        f"{millions(count['vae'])}, text encoder {millions(count['text_encoder'])}; {report['bytes'] / 1e6:.1f} MB in "
+        f"all; {training_minutes(report['training']):.0f} minutes of training steps on that GPU. The VAE alone rebuilds "
+        f"unseen clips at {fidelity:.1f} dB, and in {100 * read_back:.0f} % of them the shape is still read right."
+    )
+    return table(head, rows) + "\n\n" + conditions
+
+
+def training_minutes(training: dict[str, Any]) -> float:
+    return sum(phase["seconds"] for stage in training.values() for phase in stage.values()) / 60
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.2g} M"
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "compare": ("compare-tiny-wan.json", compare),
+    "kernels": ("bench-kernels.json", bench),
+    "portable": ("bench-portable.json", bench),
+    "tiny-wan": ("tiny-wan-eval.json", tiny_wan),
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many digits at least, never in powers of ten."""
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{max(0, digits - max(whole, 1))}f}"
+
+
+def versions(found: dict[str, str | None]) -> str:
+    """`Python 3.12.3, torch 2.11.0`: those that are installed, fastdiff itself left out."""
+    names = {"python": "Python", "threads": "CPU threads"}
+    kept = ("python", "torch", "triton", "diffusers", "transformers", "threads")
+    return ", ".join(f"{names.get(name, name)} {found[name]}" for name in kept if found.get(name))
+
+
+def filled(readme: str, results: Path, missing_ok: bool = False) -> str:
+    """The text of README.md with every section made anew.
+
+    Raises:
+        Stale: If a section is unknown, incomplete or missing, or its file cannot be read.
+    """
+    marked = re.findall(r"<!-- (?:begin|end): (\S+) -->", readme)
+    for name in sorted({*SECTIONS, *marked}):
+        if name not in SECTIONS:
+            raise Stale(f"README.md has a section {name!r}; known are {', '.join(SECTIONS)}.")
+        if len(re.findall(rf"<!-- begin: {name} -->.*?<!-- end: {name} -->", readme, re.DOTALL)) != 1:
+            raise Stale(f"README.md needs exactly one <!-- begin: {name} --> with <!-- end: {name} --> behind it.")
+    for name, (file, render) in SECTIONS.items():
+        path = results / file
+        if missing_ok and not path.exists():
+            continue
+        try:
+            text = render(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise Stale(f"{path} is missing; section {name!r} is made from it. CONTRIBUTING.md says how.") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise Stale(f"{path} is not what section {name!r} expects: {type(error).__name__}: {error}") from error
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README.md is stale")
+    parser.add_argument("--missing-ok", action="store_true", help="leave sections alone whose file is missing")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    options = parser.parse_args(arguments)
+    old = options.readme.read_text(encoding="utf-8")
+    try:
+        new = filled(old, options.results, options.missing_ok)
+    except Stale as error:
+        sys.stderr.write(f"readme_tables: {error}\n")
+        return 1
+    if options.check and new != old:
+        sys.stderr.write("readme_tables: README.md is stale; run: python3 scripts/readme_tables.py\n")
+        return 1
+    if not options.check and new != old:
+        options.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
