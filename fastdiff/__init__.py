@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .api import apply, remove, summary
     from .attn_processors import RadialAttnProcessor, processors
-    from .methods import RadialConfig, load_config
+    from .methods import NeighborhoodConfig, RadialConfig, load_config
     from .schedule import DenseSchedule
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "DenseSchedule",
     "FastDiffError",
     "Grid",
+    "NeighborhoodConfig",
     "RadialAttnProcessor",
     "RadialConfig",
     "TokenLayout",
@@ -37,6 +38,7 @@ _HOMES = {
     "DenseSchedule": "fastdiff.schedule",
     "FastDiffError": "fastdiff_kernels",
     "Grid": "fastdiff_kernels",
+    "NeighborhoodConfig": "fastdiff.methods",
     "RadialAttnProcessor": "fastdiff.attn_processors",
     "RadialConfig": "fastdiff.methods",
     "TokenLayout": "fastdiff_kernels",

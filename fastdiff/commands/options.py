@@ -11,7 +11,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Option(help="tiny-wan (embedded), a diffusers folder, or the id of a Hub repository.")]
-Method = Annotated[str, typer.Option(help="dense, or a sparse method: radial.")]
+Method = Annotated[str, typer.Option(help="dense, or a sparse method: radial, neighborhood.")]
 Config = Annotated[str | None, typer.Option(help="The method's settings: a JSON file, or JSON text.")]
 Density = Annotated[
     float | None, typer.Option(help="Instead of --config: solve the settings for this share of computed scores.")
@@ -120,8 +120,7 @@ def settings_for(method: str, config: str | None, density: float | None, grid) -
         if loaded.method != method:
             raise _invalid(f"--method is {method} and --config is for {loaded.method}; give the same.")
         return loaded
-    kind = METHODS[method]
-    return kind() if density is None else kind.for_density(density, grid)
+    return load_config({}, method) if density is None else METHODS[method].for_density(density, grid)
 
 
 def _invalid(message: str) -> Exception:

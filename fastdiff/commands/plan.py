@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    method: Annotated[str, typer.Option(help="The sparse method: radial.")] = "radial",
+    method: Annotated[str, typer.Option(help="The sparse method: radial or neighborhood.")] = "radial",
     grid: Annotated[str, typer.Option(help="Tokens: frames x height x width.")] = "21x45x80",
     config: o.Config = None,
     density: o.Density = None,

@@ -9,12 +9,13 @@ from pathlib import Path
 from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout
 
 from .base import MethodConfig
+from .neighborhood import NeighborhoodConfig
 from .planner import Planner
 from .radial import RadialConfig
 
-METHODS: dict[str, type[MethodConfig]] = {RadialConfig.method: RadialConfig}
+METHODS: dict[str, type[MethodConfig]] = {kind.method: kind for kind in (RadialConfig, NeighborhoodConfig)}
 
-__all__ = ["METHODS", "MethodConfig", "RadialConfig", "build_plan", "load_config", "planner_for"]
+__all__ = ["METHODS", "MethodConfig", "NeighborhoodConfig", "RadialConfig", "build_plan", "load_config", "planner_for"]
 
 
 def load_config(source: MethodConfig | Mapping | str | Path, method: str | None = None) -> MethodConfig:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout
+from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class MethodConfig(ABC):
             UnsupportedError: If the method has no meaning on this layout.
         """
 
+    @classmethod
+    @abstractmethod
+    def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> MethodConfig:
+        """The config whose plan comes closest to a density from below.
+
+        Args:
+            density: Computed share of the scores, text included, above 0 and up to 1.
+            grid: The token grid of the run.
+            text_tokens: Text tokens in the same sequence.
+            **settings: Further settings of the method, which are kept.
+
+        Raises:
+            InvalidInputError: If the density is out of range, or below the floor of this grid, which is named.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, "version": self.version, **asdict(self)}
 
@@ -41,7 +57,7 @@ class MethodConfig(ABC):
         """The inverse of `to_dict`; keys left out take their defaults.
 
         Raises:
-            InvalidInputError: If a key is unknown, a value out of range, or the version too new.
+            InvalidInputError: If a key is unknown or missing, a value out of range, or the version too new.
         """
         values = dict(data)
         method, version = values.pop("method", cls.method), values.pop("version", cls.version)
@@ -55,6 +71,9 @@ class MethodConfig(ABC):
         for key in values:
             if key not in known:
                 raise InvalidInputError(f"{cls.method} has no setting {key!r}; it has {', '.join(known)}.")
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        if missing:
+            raise InvalidInputError(f"{cls.method} has no default for {', '.join(missing)}; say what it should be.")
         return cls(**values)
 
 
@@ -63,6 +82,21 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise InvalidInputError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}.")
+
+
+def check_density(value: Any) -> None:
+    """Raises InvalidInputError unless `value` is a density that can be asked for."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise InvalidInputError(f"density is {value!r}; it must be a number above 0 and up to 1.")
+
+
+def largest_within(steps: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `steps` that fits, where 0 does and smaller ones fit if larger ones do."""
+    low, high = 0, steps
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def check_choice(name: str, value: Any, allowed: tuple) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, Rule, TokenLayout, centred, raster_order, snake_order
 
-from .base import MethodConfig, check_choice, check_number
+from .base import MethodConfig, check_choice, check_density, check_number, largest_within
 from .radial_reference import reference_plan
 
 MODES = ("tiled", "raster", "reference")
@@ -17,6 +17,9 @@ BLOCK_SIZES = (32, 64, 128)
 
 # The METRIC rule squares raster distances in int32.
 _RASTER_LIMIT = 46_340
+
+# In such steps for_density solves its settings.
+_STEPS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class RadialConfig(MethodConfig):
     Frames at a distance d share the width `decay_factor * S / 2^floor(log2 d)` of their S tokens; frame 0 is a
     sink that all see. Compute grows as n log n with the number of frames.
 
-        query frame 3    frame 0    1         2         3         4         5         6
-                         #######    ...#...   #######   #######   #######   ..###..   ...#...
-                         sink       far       near      own       near      d = 2     d = 3
+        query frame 3    frame 0    1         2         3         4         5         6         7
+                         #######    ..###..   #######   #######   #######   ..###..   ..###..   ...#...
+                         sink       d = 2     near      own       near      d = 2     d = 3     d = 4
 
     Reference: Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video
     Generation", arXiv 2506.19852.
@@ -117,8 +120,7 @@ class RadialConfig(MethodConfig):
         Raises:
             InvalidInputError: If the density is out of range, or below the floor of this grid, which is named.
         """
-        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-            raise InvalidInputError(f"density is {density!r}; it must be a number above 0 and up to 1.")
+        check_density(density)
         layout = TokenLayout.self_attention(grid, text_after=text_tokens)
 
         def reached(config: RadialConfig) -> float:
@@ -130,25 +132,17 @@ class RadialConfig(MethodConfig):
             for name in ("decay_factor", "near_width"):
                 lowest = replace(config, **{name: 0.0})
                 if reached(lowest) <= density:
-                    return _largest_within(config, name, density, reached)
+
+                    def within(step: int, config=config, name=name) -> bool:
+                        return reached(replace(config, **{name: step / _STEPS})) <= density
+
+                    return replace(config, **{name: largest_within(_STEPS, within) / _STEPS})
                 config = lowest
         floor = reached(config)
         raise InvalidInputError(
             f"density {density:g} is below the floor of radial on a grid of {grid}, which is {floor:.4f} with blocks "
             f"of {config.block_for(grid)}; ask for that or more, use more frames, or a smaller block_size."
         )
-
-
-def _largest_within(config: RadialConfig, name: str, density: float, reached) -> RadialConfig:
-    """The largest value of one setting, in steps of 1/1024, that stays within a density; 0 is known to."""
-    low, high = 0, 1024
-    while low < high:
-        middle = (low + high + 1) // 2
-        if reached(replace(config, **{name: middle / 1024})) <= density:
-            low = middle
-        else:
-            high = middle - 1
-    return replace(config, **{name: low / 1024})
 
 
 def disc_limits(grid: Grid, widths: torch.Tensor) -> torch.Tensor:
