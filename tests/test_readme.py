@@ -1,0 +1,137 @@
+"""README.md: its numbers are those of the result files, its links lead somewhere, its commands exist."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import readme_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).splitlines()
+    return [line for line in lines if line.startswith("fastdiff ")]
+
+
+def test_the_numbers_are_those_of_the_files():
+    assert readme_tables.main(["--check"]) == 0
+
+
+def test_no_measured_number_is_typed_by_hand():
+    sections = r"<!-- begin: (\S+) -->.*?<!-- end: \1 -->"
+    code_and_links = r"```.*?```|`[^`]*`|\([^)]*\)"
+    names = r"arXiv [\d.]+|Wan 2\.1 and 2\.2|Wan 2\.2|Python 3\.10|Apache-2\.0"
+    prose = README
+    for pattern in (sections, code_and_links, names):
+        prose = re.sub(pattern, "", prose, flags=re.DOTALL)
+    assert re.findall(r"\d+\.\d+|\d+ ?(?:%|×|ms|dB|s)\b", prose) == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    targets = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [target for target in targets if target and not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    from fastdiff.cli import app
+
+    _, name, *arguments = shlex.split(command)
+    parser = typer.main.get_command(app).commands[name]
+    parser.make_context(name, arguments).close()
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_code_names_what_exists(code):
+    import fastdiff
+
+    compile(code, "README.md", "exec")
+    assert all(hasattr(fastdiff, name) for name in re.findall(r"fastdiff\.(\w+)", code))
+
+
+class TestScript:
+    """On results of its own making."""
+
+    RECORD = {
+        "kernel": "torch SDPA",
+        "shape": "tiny",
+        "tokens": 64,
+        "heads": 2,
+        "head_dim": 16,
+        "dtype": "float32",
+        "density": 1.0,
+        "direction": "forward",
+        "milliseconds": 8.0,
+        "spread": 0.5,
+        "tflops": 0.25,
+        "gpu": "none, x86_64 CPU",
+        "versions": {"torch": "1.2.3"},
+        "commit": "abc1234",
+    }
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for file in ("compare-tiny-wan.json", "compare-tiny-wan-h200.json", "tiny-wan-eval.json"):
+            (tmp_path / file).write_bytes((ROOT / "results" / file).read_bytes())
+        sparse = {**self.RECORD, "kernel": "fastdiff torch", "density": 0.25, "milliseconds": 2.0}
+        for file in ("bench-kernels.json", "bench-portable.json"):
+            (tmp_path / file).write_text(json.dumps([self.RECORD, sparse]))
+        (tmp_path / "README.md").write_text(README, encoding="utf-8")
+        return tmp_path
+
+    def run(self, folder, *options):
+        return readme_tables.main(["--readme", str(folder / "README.md"), "--results", str(folder), *options])
+
+    def test_fills_once_and_then_agrees(self, folder):
+        assert self.run(folder, "--check") == 1
+        assert self.run(folder) == 0
+        assert self.run(folder, "--check") == 0
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert "| fastdiff torch | 0.250 | 2.00 (0.50) | 4.00× | 0.25 |" in text
+        assert "x86_64 CPU, torch 1.2.3, commit abc1234." in text
+
+    def test_sees_a_changed_number(self, folder):
+        self.run(folder)
+        path = folder / "README.md"
+        path.write_text(path.read_text(encoding="utf-8").replace("4.00×", "5.00×"), encoding="utf-8")
+        assert self.run(folder, "--check") == 1
+
+    def test_names_a_missing_file(self, folder, capsys):
+        (folder / "bench-portable.json").unlink()
+        assert self.run(folder) == 1
+        assert "bench-portable.json is missing" in capsys.readouterr().err
+        assert (folder / "README.md").read_text(encoding="utf-8") == README
+        assert self.run(folder, "--missing-ok") == 0
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("<!-- end: compare -->", "", "exactly one <!-- begin: compare -->"),
+            ("begin: portable", "begin: nothing", "section 'nothing'"),
+        ],
+    )
+    def test_names_a_broken_section(self, folder, capsys, old, new, message):
+        (folder / "README.md").write_text(README.replace(old, new), encoding="utf-8")
+        assert self.run(folder) == 1
+        assert message in capsys.readouterr().err
+
+    def test_names_a_file_of_another_form(self, folder, capsys):
+        (folder / "compare-tiny-wan.json").write_text("{}")
+        assert self.run(folder) == 1
+        assert "compare-tiny-wan.json is not what section 'compare' expects: KeyError" in capsys.readouterr().err
