@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -72,12 +73,13 @@ def apply(
     settings = settings_from(config, dense_steps, dense_layers, backend)
     pipe = pipeline_of(pipe_or_model, settings.schedule)
     models = locate.transformers(pipe_or_model)
-    for model in models.values():
-        marker.unmark(model)
-    joins = [model for model in models.values() if _shared(pipe, model, settings)]
-    # All are built before any is installed: what cannot be done leaves the pipeline as it was.
     planner = planner_for(settings.config)
-    built = [(model, attach(model, settings, planner, pipe)) for model in models.values() if model not in joins]
+    # All are built before any is installed: what cannot be done leaves the pipeline as it was.
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(marker.unmarked(model))
+        joins = [model for model in models.values() if _shared(pipe, model, settings)]
+        built = [(model, attach(model, settings, planner, pipe)) for model in models.values() if model not in joins]
     for model in joins:
         attachment.find(model).steps.add(pipe)
     for model, attached in built:

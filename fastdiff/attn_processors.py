@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdiff_kernels import InvalidInputError, UnsupportedError
 from fastdiff_patches import locate
-from fastdiff_patches.marker import Marker, unmark
+from fastdiff_patches.marker import Marker, unmarked
 
 from .api import attach, pipeline_of, settings_from
 from .methods import RadialConfig, planner_for
@@ -59,8 +59,8 @@ def processors(
     model = _component(pipe_or_model, component)
     if not hasattr(model, "attn_processors"):
         raise UnsupportedError(f"{type(model).__name__} has no set_attn_processor; use fastdiff.apply(pipe, config).")
-    unmark(model)
-    attached = attach(model, settings, planner_for(settings.config), pipe)
+    with unmarked(model):
+        attached = attach(model, settings, planner_for(settings.config), pipe)
     attached.watch(model)
     ours = {f"{binding.name}.processor": binding.adopted for binding in attached.bindings}
     return {name: ours.get(name.replace("_orig_mod.", ""), stock) for name, stock in model.attn_processors.items()}

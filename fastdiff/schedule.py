@@ -25,7 +25,7 @@ class DenseSchedule:
         layers: The same for self-attention layers, in the order in which the model holds them.
 
     Raises:
-        InvalidInputError: If one is negative, or is no whole number or list of whole numbers.
+        InvalidInputError: If a number n is negative, or one is neither a whole number nor a list of whole numbers.
     """
 
     steps: Choice = 0
@@ -56,15 +56,15 @@ class DenseSchedule:
         Raises:
             InvalidInputError: If the model lacks one.
         """
-        if isinstance(self.layers, int):
-            if self.layers > layers:
-                raise InvalidInputError(f"dense_layers is {self.layers}; this model has {layers} layers. Give less.")
-            return
-        missing = [layer for layer in self.layers if not -layers <= layer < layers]
-        if missing:
-            raise InvalidInputError(
-                f"dense_layers names {missing}; this model has {layers} layers, so give {-layers} to {layers - 1}."
-            )
+        _check_range("dense_layers", self.layers, layers, f"this model has {layers} layers")
+
+    def check_steps(self, steps: int) -> None:
+        """Compares the steps named here with how many a run has, for callers who know that before.
+
+        Raises:
+            InvalidInputError: If the run lacks one.
+        """
+        _check_range("dense_steps", self.steps, steps, f"this run has {steps} steps")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: `{"dense_steps": 12, "dense_layers": [0, -1]}`."""
@@ -100,6 +100,16 @@ def _choice(name: str, given: Any) -> Choice:
         f"{name} is {given!r}; give a whole number (the first n) or a list of whole numbers (indices, negative ones "
         "from the end)."
     )
+
+
+def _check_range(name: str, choice: Choice, total: int, has: str) -> None:
+    if isinstance(choice, int):
+        if choice > total:
+            raise InvalidInputError(f"{name} is {choice}; {has}. Give less.")
+        return
+    missing = [index for index in choice if not -total <= index < total]
+    if missing:
+        raise InvalidInputError(f"{name} names {missing}; {has}, so give {-total} to {total - 1}.")
 
 
 def _whole(value: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,17 @@ class TestPlan:
         assert cli.main(["plan", "--grid", "17x16x16", "--density", "0.4", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["density"] <= 0.4
 
+    def test_text_counts_in_the_density(self, capsys):
+        words = ["plan", "--grid", "9x17x23", "--text", "512", "--json"]
+        assert cli.main([*words, "--density", "0.5"]) == 0
+        assert json.loads(capsys.readouterr().out)["density"] <= 0.5
+
+    @pytest.mark.parametrize("size", [["--grid", "1000x1000x1000"], ["--grid", "9000000x1x1"], ["--text", "9" * 20]])
+    def test_larger_than_memory(self, fails, size):
+        line = fails("plan", *size)
+        assert "out of memory" in line
+        assert "--grid" in line
+
     def test_table_and_picture(self, capsys, tmp_path):
         out = tmp_path / "new" / "plan.png"
         assert cli.main(["plan", "--grid", "5x9x7", "--text", "3", "--out", str(out)]) == 0
@@ -87,6 +99,7 @@ class TestPlan:
             (["--config", '{"decay_factor": 7}'], "from 0 to 1"),
             (["--config", '{"decay_factor": }'], "JSON"),
             (["--config", '{"method": "magic"}'], "magic"),
+            (["--config", '{"method": ["radial"]}'], "allowed are"),
             (["--config", "missing.json"], "missing.json"),
             (["--density", "0"], "above 0"),
             (["--density", "0.001", "--grid", "5x8x8"], "floor"),
@@ -94,6 +107,7 @@ class TestPlan:
             (["--text", "-1"], "0 or more"),
             (["--text", "many"], "--text"),
             (["--out", "plan.gif"], ".png"),
+            (["--out", "x" * 300 + ".png"], "cannot write"),
             (["--bogus"], "--bogus"),
         ],
     )
@@ -179,17 +193,25 @@ class TestBadInput:
             (["--method", "magic"], "allowed are"),
             (["--dense-steps", "some"], "indices"),
             (["--dense-layers", "5"], "2 layers"),
+            (["--dense-steps", "3"], "2 steps"),
+            (["--dense-steps", "0,2"], "2 steps"),
             (["--method", "dense", "--dense-steps", "1"], "sparse method"),
             (["--method", "dense", "--config", "{}"], "sparse method"),
             (["--device", "tpu"], "allowed are"),
             (["--dtype", "int4"], "allowed are"),
             (["--output", "x.avi"], ".mp4"),
+            (["--output", "x" * 300 + ".mp4"], "cannot write"),
         ],
     )
     def test_options(self, fails, model, tmp_path, monkeypatch, words, says):
         monkeypatch.chdir(tmp_path)
         assert says in fails("generate", "--model", model, *SMALL, *words)
         assert files(tmp_path) == []
+
+    def test_a_config_is_read_before_the_model(self, fails, capsys, monkeypatch):
+        monkeypatch.setattr(pipelines, "prepare", lambda request: pytest.fail("too late"))
+        for config in ('{"decay": 1}', '{"decay_factor": 7}', "{", "missing.json"):
+            fails("compare", "--config", config)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
     def test_no_such_device(self, fails, model, tmp_path):
@@ -211,10 +233,29 @@ class TestBadInput:
             assert "could not be loaded" in fails("generate", "--model", "empty", *SMALL)
         assert files(tmp_path) == ["empty", "file"]
 
+    @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/pipeline"])
+    def test_models_that_cannot_be(self, fails, name):
+        assert "there is no folder" in fails("generate", "--model", name, *SMALL)
+
+    @pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
+    def test_broken_weights(self, fails, model, tmp_path, part):
+        broken = shutil.copytree(model, tmp_path / "pipeline")
+        next((broken / part).glob("*.safetensors")).write_bytes(b"\xff" * 64)
+        line = fails("generate", "--model", broken, *SMALL, "--output", tmp_path / "out" / "x.mp4")
+        assert "could not be loaded" in line
+        assert files(tmp_path) == ["pipeline"]
+
+    def test_a_pipeline_without_a_transformer(self, fails, model, monkeypatch):
+        class UNetPipeline:
+            def __call__(self, prompt, num_frames=16): ...
+
+        monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: UNetPipeline())
+        assert "UNetPipeline" in fails("generate", "--model", model, *SMALL)
+
     def test_no_permission_to_write(self, fails, model, tmp_path):
         (tmp_path / "file").write_text("")
         assert "cannot write" in fails("compare", "--model", model, *SMALL, "--output", tmp_path / "file" / "out")
-        assert "cannot write" in fails("plan", "--out", tmp_path / "file" / "x.png")
+        assert "it is a file" in fails("plan", "--out", tmp_path / "file" / "x.png")
         assert files(tmp_path) == ["file"]
 
     def test_no_space(self, fails, model, tmp_path, monkeypatch):

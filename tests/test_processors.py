@@ -202,6 +202,14 @@ class TestMarker:
                 forward(model)
         assert all(processor is marker for processor in model.attn_processors.values())
 
+    def test_a_failing_call_leaves_the_marks(self, pipe):
+        marker = fastdiff.RadialAttnProcessor(NARROW)
+        pipe.transformer.set_attn_processor(marker)
+        for call in (fastdiff.apply, fastdiff.processors):
+            with pytest.raises(InvalidInputError, match="this model has 2 layers"):
+                call(pipe, WIDE, dense_layers=5)
+            assert all(processor is marker for processor in pipe.transformer.attn_processors.values())
+
     def test_outside_a_supported_model_it_raises(self, model):
         attention = model.blocks[0].attn1
         attention.set_processor(fastdiff.RadialAttnProcessor(NARROW))

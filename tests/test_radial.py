@@ -241,6 +241,10 @@ def test_config_travels_as_json(tmp_path):
         ("{", "no valid JSON"),
         ("[1]", "cannot be read"),
         ("missing.json", "cannot be read"),
+        ({"method": ["radial"]}, "allowed are radial"),
+        (None, "config is None"),
+        (RadialConfig, "config is <class"),
+        (["radial"], "config is"),
     ],
 )
 def test_bad_configs_are_refused(source, message):

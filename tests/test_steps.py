@@ -165,6 +165,8 @@ def test_bad_schedules_are_refused(steps):
 def test_layers_that_a_model_lacks_are_refused(layers):
     with pytest.raises(InvalidInputError, match="this model has 3 layers"):
         DenseSchedule(0, layers).check_layers(3)
+    with pytest.raises(InvalidInputError, match="this run has 3 steps"):
+        DenseSchedule(layers).check_steps(3)
 
 
 def test_unknown_schedule_keys_are_refused():

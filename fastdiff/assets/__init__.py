@@ -41,10 +41,10 @@ EMBEDDED = {
         height=128,
         width=128,
         num_frames=65,
-        steps=8,
+        steps=6,
         guidance_scale=4.0,
         density=0.4,
-        dense_share=0.25,
+        dense_share=1 / 3,
     ),
 }
 

@@ -77,11 +77,14 @@ def density_of(request: Request) -> float | None:
 
 
 def _dense_steps(request: Request, job: Job) -> int | list[int]:
+    from fastdiff import DenseSchedule
+
     from .pipelines import defaults_for
 
     if request.dense_steps is not None:
+        DenseSchedule(request.dense_steps).check_steps(job.steps)
         return request.dense_steps
-    return int(defaults_for(request.model).dense_share * job.steps)
+    return round(defaults_for(request.model).dense_share * job.steps)
 
 
 def _described(summary: Any, config: Any, kept: dict[str, Any]) -> SparseAttention:

@@ -34,7 +34,7 @@ def exit_code(command: Callable[[], object]) -> int:
         _tell(str(error))
         return USER_ERROR
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _tell(
             "out of memory. Reduce the frames, the height or the width; on a GPU --dtype bfloat16 takes half of "
@@ -49,7 +49,7 @@ def exit_code(command: Callable[[], object]) -> int:
         if error.errno not in _DISK_ERRORS:
             raise
         place = f" {error.filename}" if error.filename else ""
-        _tell(f"cannot write{place}: {error.strerror}. Nothing was written; choose another --output or make room.")
+        _tell(f"cannot write{place}: {error.strerror}. Nothing was written; choose another place or make room.")
         return USER_ERROR
     return result if isinstance(result, int) else 0
 
@@ -61,7 +61,8 @@ def _fastdiff_error() -> type[Exception]:
     return FastDiffError
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, of the machine or of a GPU."""
     # torch.OutOfMemoryError is a RuntimeError that says "out of memory"; the CPU's has no type of its own.
     return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 

@@ -38,7 +38,7 @@ def generate(
       fastdiff generate --prompt "a green triangle moving up" --num-frames 49
       fastdiff generate --method dense --output outputs/dense.mp4
       fastdiff generate --config '{"decay_factor": 0.2, "block_size": 32}' --dense-steps 2
-      fastdiff generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --density 0.3 --dense-steps 12 --dense-layers 1
+      fastdiff generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --density 0.3 --dense-steps 12 --dense-layers 1 \\
           --prompt "a cat on a surfboard"
     """
     from fastdiff_kernels.errors import InvalidInputError
@@ -88,7 +88,7 @@ def _run(request: o.Request, output: Path) -> dict:
             **sparse.to_dict(),
             **run.to_dict(),
             **job.to_dict(),
-            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
             **report.environment(str(pipe.device)),
         }
         report.write_json(folder / record, result)

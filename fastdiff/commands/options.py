@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from fastdiff_kernels import Grid
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,7 +30,7 @@ DenseSteps = Annotated[
     str | None,
     typer.Option(
         help="Steps that stay dense: the first N, or indices such as 0,1,-1. More is slower and safer. "
-        "By default a quarter for tiny-wan, none for others."
+        "By default a third for tiny-wan, none for others."
     ),
 ]
 DenseLayers = Annotated[str, typer.Option(help="Layers that stay dense, likewise.")]
@@ -38,11 +41,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked of generate or compare; None means the model's own default."""
+    """What a user asked of generate or compare; None means the model's own default.
+
+    Attributes:
+        config: The method's config, read from what was given.
+    """
 
     model: str
     method: str
-    config: str | None
+    config: Any
     density: float | None
     prompt: str | None
     height: int | None
@@ -68,7 +75,8 @@ class Request:
             values[name] = _schedule(name, values[name])
         request = cls(**values)
         request._check()
-        return request
+        # Before the model is loaded, which may take minutes.
+        return replace(request, config=read_config(request.method, request.config))
 
     def _check(self) -> None:
         _one_of("--device", self.device, DEVICES)
@@ -107,20 +115,38 @@ def check_settings(method: str, config: str | None, density: float | None) -> No
         raise _invalid("--config and --density go with a sparse method; --method is dense.")
 
 
-def settings_for(method: str, config: str | None, density: float | None, grid) -> Any:
-    """The method's config: as given, else solved for a density, else the method's defaults.
+def read_config(method: str, config: str | None) -> Any:
+    """The method's config from JSON text or a file, None if none was given.
 
     Raises:
-        InvalidInputError: If the config cannot be read, or this grid does not allow the density.
+        InvalidInputError: If it cannot be read, or is for another method.
+    """
+    from fastdiff.methods import load_config
+
+    if config is None:
+        return None
+    loaded = load_config(config, method)
+    if loaded.method != method:
+        raise _invalid(f"--method is {method} and --config is for {loaded.method}; give the same.")
+    return loaded
+
+
+def settings_for(method: str, config: Any, density: float | None, grid: Grid, text: int = 0) -> Any:
+    """The method's config: as read, else solved for a density, else the method's defaults.
+
+    Args:
+        text: Text tokens in the same sequence, which count in the density.
+
+    Raises:
+        InvalidInputError: If this grid does not allow the density, or the method has no defaults.
     """
     from fastdiff.methods import METHODS, load_config
 
     if config is not None:
-        loaded = load_config(config, method)
-        if loaded.method != method:
-            raise _invalid(f"--method is {method} and --config is for {loaded.method}; give the same.")
-        return loaded
-    return load_config({}, method) if density is None else METHODS[method].for_density(density, grid)
+        return config
+    if density is None:
+        return load_config({}, method)
+    return METHODS[method].for_density(density, grid, text_tokens=text)
 
 
 def _invalid(message: str) -> Exception:

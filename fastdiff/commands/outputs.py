@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,20 +28,19 @@ def staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         InvalidInputError: Before the body runs, if `folder` cannot be written, lacks room, or holds a folder of one
             of those names.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        taken = [name for name in names if _is_folder(folder / name)]
         temporary = Path(tempfile.mkdtemp(prefix=".fastdiff-", dir=folder))
     except OSError as error:
         _remove_empty(missing)
-        raise InvalidInputError(
-            f"cannot write to {folder}: {error.strerror}; choose another place with --output."
-        ) from error
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise InvalidInputError(f"cannot write to {folder}: {reason}; choose another place.") from error
     done = False
     try:
-        for name in names:
-            if (folder / name).is_dir():
-                raise InvalidInputError(f"{folder / name} is a folder; choose another place with --output.")
+        for name in taken:
+            raise InvalidInputError(f"{folder / name} is a folder; choose another place.")
         check_room(folder)
         yield temporary
         for name in names:
@@ -62,8 +62,16 @@ def check_room(folder: Path, video_bytes: int = 0) -> None:
     if free < needed:
         raise InvalidInputError(
             f"{folder} has {free / 2**20:.0f} MiB of free space and up to {needed / 2**20:.0f} MiB are needed; make "
-            "room, or choose another place with --output."
+            "room, or choose another place."
         )
+
+
+def _is_folder(path: Path) -> bool:
+    # Unlike Path.is_dir it raises for a name that cannot exist, such as one that is too long.
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

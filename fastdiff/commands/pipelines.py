@@ -7,12 +7,13 @@ import math
 import os
 import re
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.assets import EMBEDDED, FOREIGN, GenerationDefaults, pipeline_path
 from fastdiff_kernels.errors import InvalidInputError, UnsupportedError
 
+from .failures import is_out_of_memory
+from .memory import check_memory
 from .options import Request
 from .screen import stage
 
@@ -61,15 +62,16 @@ def locate(model: str) -> str:
     """
     if model in EMBEDDED:
         return str(pipeline_path(model))
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
+    # os.path where Path would raise: for a name that is too long, or somebody's home that does not exist.
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "model_index.json")):
             raise InvalidInputError(
                 f"{model} is no diffusers pipeline: it has no model_index.json. Give the folder that save_pretrained "
                 "wrote, or the id of a Hub repository."
             )
-        return str(path)
-    if path.exists():
+        return path
+    if os.path.exists(path):
         raise InvalidInputError(f"{model} is a file; --model takes a diffusers folder.")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) is None:
         raise InvalidInputError(
@@ -119,13 +121,18 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         # Video VAEs lose visible detail in half precision and cost little in float32.
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, **{name: {"default": dtype, "vae": torch.float32}})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+    except Exception as error:
+        # Broken files raise whatever their reader likes (SafetensorError derives from Exception alone).
+        if is_out_of_memory(error):
+            raise
         raise InvalidInputError(_why_not_loaded(source, error)) from error
     parameters = inspect.signature(pipe.__call__).parameters
-    if "num_frames" not in parameters or "prompt" not in parameters:
+    # Older pipelines from text to video have a U-Net.
+    transformer = getattr(pipe, "transformer", None)
+    if "num_frames" not in parameters or "prompt" not in parameters or transformer is None:
         raise UnsupportedError(
-            f"{source} is a {type(pipe).__name__}; this command needs a pipeline from text to video, such as "
-            "WanPipeline. From Python, fastdiff.apply takes others."
+            f"{source} is a {type(pipe).__name__}; this command needs a pipeline from text to video with a "
+            "transformer, such as WanPipeline. From Python, fastdiff.apply takes others."
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -244,19 +251,10 @@ def _check_inputs(pipe: Any, job: Job) -> None:
 
 
 def _check_memory(pipe: Any, job: Job) -> None:
-    # Without this the operating system would kill the process late and without a word. It is a lower bound: the
-    # decoded video as floats with one copy, and the activations of one block.
+    # A lower bound: the decoded video as floats with one copy, and the activations of one block.
     if pipe.device.type != "cpu":
         return
-    import psutil
-
     config = pipe.transformer.config
     width = getattr(config, "num_attention_heads", 1) * getattr(config, "attention_head_dim", 1)
     needed = 2 * 4 * job.video_bytes + 6 * 4 * job.grid.tokens * width
-    there = psutil.virtual_memory().total
-    if needed > there:
-        raise InvalidInputError(
-            f"out of memory: {job.num_frames} frames of {job.height}x{job.width} need at least "
-            f"{needed / 2**30:.0f} GiB and this machine has {there / 2**30:.0f}; reduce --num-frames, --height or "
-            "--width."
-        )
+    check_memory(needed, f"{job.num_frames} frames of {job.height}x{job.width}", "--num-frames, --height or --width")

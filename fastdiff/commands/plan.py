@@ -43,11 +43,13 @@ def plan(
     if out is not None and out.suffix != ".png":
         raise InvalidInputError(f"--out is {out}; it must end in .png.")
     shape = Grid.parse(grid)
-    settings = o.settings_for(method, config, density, shape)
+    settings = o.read_config(method, config)
+    _check_memory(shape, text, settings)
 
     from fastdiff.measure.report import to_json
     from fastdiff.methods import build_plan
 
+    settings = o.settings_for(method, settings, density, shape, text)
     layout = TokenLayout.self_attention(shape, text_before=text)
     start = time.perf_counter()
     built = build_plan(settings, layout)
@@ -64,6 +66,16 @@ def plan(
     pairs(f"{method} on a grid of {shape}", _rows(result, built))
     if out is not None:
         typer.echo(f"Picture in {out}")
+
+
+def _check_memory(grid: Grid, text: int, settings: Any) -> None:
+    from .memory import check_memory
+
+    # Measured while building: 56 bytes a pair of blocks. Frames are padded to whole blocks.
+    block = getattr(settings, "block_size", 128)
+    blocks = grid.frames * -(-grid.frame_tokens // block) + -(-text // block)
+    what = f"the block lists of {grid.tokens + text} tokens"
+    check_memory(56 * blocks**2, what, "--grid or --text, or take a larger block_size")
 
 
 def _numbers(built: BlockPlan, seconds: float) -> dict[str, Any]:

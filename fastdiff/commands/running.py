@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastdiff_kernels.errors import FastDiffError
+from fastdiff_kernels.errors import NotFiniteError
 
 from .pipelines import Job
 from .screen import stage
@@ -39,7 +39,7 @@ def generate_video(pipe: Any, job: Job, title: str) -> Run:
     """Runs the pipeline once.
 
     Raises:
-        FastDiffError: If the video has values that are not finite.
+        NotFiniteError: If the video has values that are not finite.
     """
     import torch
 
@@ -62,7 +62,7 @@ def generate_video(pipe: Any, job: Job, title: str) -> Run:
         seconds = time.perf_counter() - start
     video = frames.detach().float().cpu()
     if not bool(torch.isfinite(video).all()):
-        raise FastDiffError(f"{title}: the video has values that are not finite; try --dtype float32.")
+        raise NotFiniteError(f"{title}: the video has values that are not finite; try --dtype float32.")
     durations = [after - before for before, after in zip([start, *marks], marks, strict=False)]
     # The first step also pays for the text encoder.
     return Run(video.clamp(0, 1), seconds, statistics.median(durations[1:] or durations or [seconds]))
@@ -70,7 +70,8 @@ def generate_video(pipe: Any, job: Job, title: str) -> Run:
 
 def warm_up(pipe: Any, job: Job) -> None:
     """One step whose result is dropped: allocations, compilation and plans are not timed later."""
-    _call(pipe, job, 1, output_type="latent")
+    # A GPU also picks its convolutions at the first decoding; a CPU would only do the work twice.
+    _call(pipe, job, 1, output_type="latent" if pipe.device.type == "cpu" else "pt")
 
 
 def _call(pipe: Any, job: Job, steps: int, **more) -> Any:

@@ -30,11 +30,13 @@ def load_config(source: MethodConfig | Mapping | str | Path, method: str | None 
     """
     if isinstance(source, MethodConfig):
         return source
+    if not isinstance(source, Mapping | str | Path):
+        raise InvalidInputError(f"config is {source!r}; give a config such as RadialConfig(), a dict, JSON or a file.")
     data = dict(source) if isinstance(source, Mapping) else _read_json(source)
     name = data.get("method", method)
     if name is None:
         raise InvalidInputError(f'the config names no method; add "method", one of {", ".join(METHODS)}.')
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InvalidInputError(f"method is {name!r}; allowed are {', '.join(METHODS)}.")
     return METHODS[name].from_dict(data)
 

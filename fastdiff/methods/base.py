@@ -34,7 +34,7 @@ class MethodConfig(ABC):
     @classmethod
     @abstractmethod
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> MethodConfig:
-        """The config whose plan comes closest to a density from below.
+        """The least sparse config whose plan stays within a density; whole blocks may leave it well below.
 
         Args:
             density: Computed share of the scores, text included, above 0 and up to 1.

@@ -107,7 +107,7 @@ class RadialConfig(MethodConfig):
 
     @classmethod
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> RadialConfig:
-        """The config whose plan comes closest to a density from below.
+        """The least sparse config whose plan stays within a density; whole blocks may leave it well below.
 
         It lowers the decay factor first, then `near_width`, and gives up the sink last.
 

@@ -13,5 +13,9 @@ class UnsupportedError(FastDiffError, NotImplementedError):
     """The request is sound, but this model, device or backend cannot do it."""
 
 
+class NotFiniteError(FastDiffError, ArithmeticError):
+    """A result has values that are not finite, where the inputs gave no reason for it."""
+
+
 class MissingDependencyError(FastDiffError, ImportError):
     """An optional package is needed here; the message names the pip line."""

@@ -7,7 +7,9 @@ first forward its stock processors are built again and the method is attached as
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -117,18 +119,26 @@ def _patch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _attach(model: nn.Module) -> bool:
-    marked = _markers(model)
-    if not marked:
+    marker = next(iter(_markers(model).values()), None)
+    if marker is None:
         return False
+    with unmarked(model):
+        marker.attach(model)
+    return True
+
+
+@contextlib.contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Puts stock processors where markers stand, and the markers back if the body fails."""
+    marked = _markers(model)
     unmark(model)
     try:
-        next(iter(marked.values())).attach(model)
+        yield
     except Exception:
-        # Left as it was: the stock processors would run dense from now on and say nothing.
+        # The stock processors would run dense from now on and say nothing.
         for part, marker in marked.items():
             part.processor = marker
         raise
-    return True
 
 
 def unmark(model: nn.Module) -> None:
