@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout
 
 from .base import MethodConfig
@@ -60,9 +62,11 @@ def _read_json(source: str | Path) -> dict:
 
 def planner_for(config: MethodConfig) -> Planner:
     """The planner that the patches floor drives."""
-    return Planner(config)
+    return config.planner()
 
 
-def build_plan(config: MethodConfig, layout: TokenLayout, device: str = "cpu") -> BlockPlan:
-    """A method's plan for a layout, uncached."""
-    return config.build_plan(layout).to(device)
+def build_plan(config: MethodConfig, layout: TokenLayout, device: str = "cpu", layer: int = 0) -> BlockPlan | None:
+    """A method's plan for a layout in one layer, as it is outside a denoising run; None where it is dense."""
+    return config.planner().plan(
+        layout, layer=layer, step=None, steps=None, heads=None, head_dim=None, device=torch.device(device)
+    )

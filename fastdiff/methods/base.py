@@ -6,9 +6,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, TokenLayout
+
+if TYPE_CHECKING:
+    from .planner import Planner
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class MethodConfig(ABC):
         Raises:
             UnsupportedError: If the method has no meaning on this layout.
         """
+
+    def planner(self) -> Planner:
+        """What drives the method on a model; a method with more to do than to build plans has a planner of its own."""
+        from .planner import Planner
+
+        return Planner(self)
+
+    @property
+    def uses_steps(self) -> bool:
+        """Whether a plan depends on the denoising step; then a pipeline must be there to tell it."""
+        return False
 
     @classmethod
     @abstractmethod

@@ -54,7 +54,10 @@ class Planner:
         self._cache = _shared_cache if cache is None else cache
 
     def __reduce__(self):
-        return Planner, (self.config,)
+        return type(self), (self.config,)
+
+    def check_model(self, model: torch.nn.Module, layers: list[str]) -> None:
+        """Raises if the method is not for this model; here it is for all."""
 
     def plan(
         self,
@@ -63,11 +66,11 @@ class Planner:
         layer: int,
         step: int | None,
         steps: int | None,
-        heads: int,
-        head_dim: int,
+        heads: int | None,
+        head_dim: int | None,
         device: torch.device,
-    ) -> BlockPlan:
-        """The plan of one layer at one step; the identical object wherever it is the same."""
+    ) -> BlockPlan | None:
+        """The plan of one layer at one step, None for dense; the identical object wherever it is the same."""
         key = (self.config, layout, torch.device(device))
         return self._cache.get(key, lambda: self.config.build_plan(layout).to(device))
 
@@ -76,5 +79,13 @@ class Planner:
         return None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, extras) -> torch.Tensor:
-        """Attention of one call; `extras` has `scale`, `key_mask` and `backend`."""
+        """Attention of one call; `extras` is a `fastdiff_patches.planner.Extras`."""
         return attention(q, k, v, plan, scale=extras.scale, key_mask=extras.key_mask, backend=extras.backend)
+
+    def enter(self, hidden: torch.Tensor, plan: BlockPlan, extras) -> torch.Tensor:
+        """What the attention module gets instead of `hidden`; called only for a method that needs "block_input"."""
+        return hidden
+
+    def leave(self, out: torch.Tensor, plan: BlockPlan, extras) -> torch.Tensor:
+        """What comes instead of the attention module's output; called only like `enter`."""
+        return out

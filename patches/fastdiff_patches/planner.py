@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -23,23 +23,41 @@ class Extras(NamedTuple):
         key_mask: bool `[batch, key tokens]`, False for keys that nobody sees, or None.
         backend: "auto", "triton", "torch" or "reference".
         parameters: The module that `Planner.parameters` made for this layer, or None.
+        inputs: What the planner needs, by name; see `NEEDS`. A dict of this call alone, in which `enter`, `attend`
+            and `leave` may hand each other what they like.
     """
 
     scale: float | None
     key_mask: torch.Tensor | None
     backend: str
     parameters: torch.nn.Module | None
+    inputs: dict[str, Any]
+
+
+NEEDS = {
+    "pre_rope_query": "the query `[batch, tokens, heads, head_dim]` after its norm and before RoPE, in the token order "
+    "of the attention call",
+    "rotary": "(cos, sin), each `[tokens, head_dim]`, the RoPE table of the tokens of the query: a pair of neighbours "
+    "(x0, x1) becomes (x0*cos - x1*sin, x1*cos + x0*sin), and both have the same cos and sin; None without RoPE",
+    "block_input": "the input of the transformer block, before its norm, `[batch, tokens, channels]`; `attention` "
+    "then holds the attention module, and `enter` and `leave` are called around it",
+    "seed": "a number drawn from the first latents of the run, 0-d int64 on the CPU, the same in all calls of the run",
+}
 
 
 class Planner(Protocol):
     """A method at work.
 
     Attributes:
-        needs: What the method must be given besides query, key and value, a subset of
-            {"pre_rope_query", "block_input"}. A family that cannot supply it refuses.
+        needs: What the method must be given besides query, key and value, a subset of `NEEDS`; it comes in
+            `Extras.inputs`. A family that cannot supply it refuses.
     """
 
     needs: frozenset[str]
+
+    def check_model(self, model: torch.nn.Module, layers: list[str]) -> None:
+        """Called once when attached, with the names of the self-attention modules: raises if this model is not fit."""
+        ...
 
     def plan(
         self,
@@ -48,24 +66,33 @@ class Planner(Protocol):
         layer: int,
         step: int | None,
         steps: int | None,
-        heads: int,
-        head_dim: int,
+        heads: int | None,
+        head_dim: int | None,
         device: torch.device,
-    ) -> Plan:
-        """The plan of one layer at one step; called before every forward, so the planner caches it.
+    ) -> Plan | None:
+        """The plan of one layer at one step, None for dense; called before every forward, so the planner caches it.
 
-        `step` and `steps` are None where no denoising run is known of (training, a bare model).
+        `step` and `steps` are None where no denoising run is known of (training, a bare model); `heads` and
+        `head_dim` where only a picture of the plan is wanted.
         """
         ...
 
     def parameters(self, *, layer: int, heads: int, head_dim: int) -> torch.nn.Module | None:
-        """Learned parameters of one layer, or None."""
+        """Learned parameters of one layer, or None. They come to stand on the attention module as `fastdiff`."""
         ...
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, extras: Extras
     ) -> torch.Tensor:
         """The attention itself, all tensors `[batch, tokens, heads, head_dim]`. It is traced by torch.compile."""
+        ...
+
+    def enter(self, hidden: torch.Tensor, plan: Plan, extras: Extras) -> torch.Tensor:
+        """What the attention module gets instead of its input, before its projections; only with "block_input"."""
+        ...
+
+    def leave(self, out: torch.Tensor, plan: Plan, extras: Extras) -> torch.Tensor:
+        """What the block gets instead of the module's output, after its projection; only with "block_input"."""
         ...
 
 

@@ -110,7 +110,7 @@ class Layer:
                 f"and {key.shape[2]} key heads; sparse attention takes no causal flag, no dropout and equal heads. "
                 "Keep these layers dense with dense_layers=."
             )
-        extras = Extras(scale, _key_mask(mask, key), self.backend, self.parameters)
+        extras = Extras(scale, _key_mask(mask, key), self.backend, self.parameters, {})
         return self.planner.attend(query, key, value, self.plan, extras)
 
 
