@@ -142,6 +142,51 @@ def test_gradients_equal_the_reference(backend, return_lse, poison):
         torch.testing.assert_close(ours, truth, atol=2e-5, rtol=1e-4)
 
 
+def box_plan():
+    layout = TokenLayout.self_attention(Grid(3, 5, 7), text_after=4)
+    return BlockPlan.from_rule(layout, box_rule(layout.grid), block_q=16, block_k=32, grid_order=snake_order)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("plan", "dim", "dtype", "masked"),
+    [
+        (metric_plan(Grid(3, 5, 7), 5, 3), 16, torch.float32, True),
+        (box_plan(), 40, torch.float32, False),
+        (metric_plan(Grid(1, 13, 11), block_q=128, block_k=128), 64, torch.bfloat16, False),
+        (metric_plan(Grid(2, 5, 7), 0, 9), 128, torch.float16, True),
+    ],
+    ids=["metric with text", "box", "one large block", "half precision"],
+)
+def test_gradients_of_every_rule(plan, dim, dtype, masked, backend, poison):
+    generator = torch.Generator().manual_seed(1)
+    mask = None
+    if masked:
+        mask = (torch.rand(2, plan.key_tokens, generator=generator) < 0.7).to(DEVICE)
+        mask[1] = False  # a sample that sees nothing
+    upstream = torch.randn(2, plan.query_tokens, 2, dim, generator=generator).to(DEVICE)
+    grads = []
+    for name, exact in ((backend, dtype), ("reference", torch.float64)):
+        inputs = [x.to(exact).detach().requires_grad_() for x in draw(plan, dim=dim, dtype=dtype)]
+        out = attention(*inputs, plan, backend=name, key_mask=mask)
+        grads.append(torch.autograd.grad(out, inputs, upstream.to(dtype).to(exact)))
+    limit = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
+    for ours, truth in zip(*grads, strict=True):
+        assert (ours.double() - truth).norm() <= limit * truth.norm()
+        if masked:
+            assert (ours[1] == 0).all()
+
+
+def test_transposed_lists_name_the_same_blocks():
+    plan, _ = random_bits_plan(75, 41, heads=3)
+    for rows, columns in ((plan.full, plan.transposed.full), (plan.partial, plan.transposed.partial)):
+        assert torch.equal(rows.mask(plan.key_blocks).transpose(1, 2), columns.mask(plan.query_blocks))
+    state = plan.partial.mask(plan.key_blocks)
+    bits = torch.zeros(state.shape, dtype=torch.int32).masked_scatter(state, plan.bits)
+    by_column = plan.bits[plan.transposed.bit_place.long()]
+    assert torch.equal(bits.transpose(1, 2)[state.transpose(1, 2)], by_column)
+
+
 def test_dense_plan_equals_sdpa():
     layout = TokenLayout.self_attention(Grid(2, 5, 7), 3)
     plan = BlockPlan.from_rule(layout, Rule.metric(torch.tensor([1000, 1000])), block_q=32, block_k=32)

@@ -22,7 +22,9 @@ def test_opcheck(return_lse):
     arguments = (*inputs(plan, requires_grad=True), plan.handle, None, 0.25, return_lse, "torch")
     torch.library.opcheck(block_sparse, arguments)
     q, k, v = inputs(plan)
-    torch.library.opcheck(block_sparse_backward, (torch.ones_like(q), None, q, k, v, plan.handle, None, 0.25))
+    outputs = block_sparse(q, k, v, plan.handle, None, 0.25, True, "torch")
+    backward = (torch.ones_like(q), None, q, k, v, *outputs, plan.handle, None, 0.25, "torch")
+    torch.library.opcheck(block_sparse_backward, backward)
 
 
 def test_fullgraph_compile_with_one_graph_for_many_plans():

@@ -59,7 +59,11 @@ def attention(
         out, lse = reference(q, k, v, plan.to(q.device), scale, key_mask)
     else:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = block_sparse(q, k, v, plan.handle, key_mask, scale, return_lse, chosen)
+        # The Triton backward starts from the log-sum-exp, the portable one computes it anew.
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        out, lse = block_sparse(
+            q, k, v, plan.handle, key_mask, scale, return_lse or (trained and chosen == "triton"), chosen
+        )
     return (out, lse) if return_lse else out
 
 

@@ -44,31 +44,39 @@ def block_sparse_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     handle: torch.Tensor,
     key_mask: torch.Tensor | None,
     scale: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v; `lse` is empty where the forward call returned none."""
     plan = plan_of(handle).to(q.device)
-    grads = portable_backward(grad, grad_lse, q, k, v, plan, scale, key_mask)
+    if backend == "triton":
+        from .block_sparse_backward import backward
+
+        grads = backward(grad, grad_lse, q, k, v, out, lse, plan, scale, key_mask)
+    else:
+        grads = portable_backward(grad, grad_lse, q, k, v, plan, scale, key_mask)
     return tuple(x.contiguous() for x in grads)
 
 
 @block_sparse_backward.register_fake
-def _(grad, grad_lse, q, k, v, handle, key_mask, scale):
+def _(grad, grad_lse, q, k, v, out, lse, handle, key_mask, scale, backend):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, handle, key_mask, scale, return_lse, _ = inputs
-    ctx.save_for_backward(q, k, v, handle, key_mask)
-    ctx.scale, ctx.return_lse = scale, return_lse
+    q, k, v, handle, key_mask, scale, return_lse, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, handle, key_mask)
+    ctx.scale, ctx.return_lse, ctx.backend = scale, return_lse, backend
 
 
 def _backward(ctx, grad, grad_lse):
-    q, k, v, handle, key_mask = ctx.saved_tensors
+    *saved, handle, key_mask = ctx.saved_tensors
     grad_lse = grad_lse if ctx.return_lse else None
-    grads = block_sparse_backward(grad, grad_lse, q, k, v, handle, key_mask, ctx.scale)
+    grads = block_sparse_backward(grad, grad_lse, *saved, handle, key_mask, ctx.scale, ctx.backend)
     return (*grads, None, None, None, None, None)
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from .block_list import BlockList, Columns, longest_first
 from .errors import InvalidInputError
 from .layout import TokenLayout
 from .order import GridOrder, Side, natural_order
@@ -18,43 +19,6 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 _numbers = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, BlockPlan] = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class BlockList:
-    """For each head (or once for all) and query block its key blocks, ascending, as compressed rows.
-
-    Attributes:
-        offsets: Where each row starts in `indices`, int32 `[lists, query blocks + 1]`.
-        indices: Key blocks of all rows, int32 `[entries]`.
-    """
-
-    offsets: torch.Tensor
-    indices: torch.Tensor
-
-    @classmethod
-    def from_mask(cls, mask: torch.Tensor) -> BlockList:
-        lists, rows, _ = mask.shape
-        counts = mask.sum(-1)
-        ends = counts.flatten().cumsum(0).reshape(lists, rows)
-        offsets = torch.cat([(ends[:, :1] - counts[:, :1]), ends], dim=1)
-        return cls(offsets.to(torch.int32), mask.nonzero()[:, 2].to(torch.int32))
-
-    def to(self, device) -> BlockList:
-        return BlockList(self.offsets.to(device), self.indices.to(device))
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """Entries of each row, int32 `[lists, query blocks]`."""
-        return self.offsets.diff(dim=1)
-
-    def mask(self, key_blocks: int) -> torch.Tensor:
-        """bool `[lists, query blocks, key blocks]`."""
-        lists, rows = self.counts.shape
-        row = torch.repeat_interleave(self.counts.flatten().long())
-        mask = torch.zeros(lists * rows, key_blocks, dtype=torch.bool, device=self.indices.device)
-        mask[row, self.indices.long()] = True
-        return mask.reshape(lists, rows, key_blocks)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,10 +53,8 @@ class BlockPlan:
                 f"a BITS plan needs one bitmap for each of its {len(self.partial.indices)} partial blocks; "
                 f"{len(self.bits)} were given."
             )
-        work = self.full.counts + self.partial.counts
-        longest_first = work.argsort(dim=1, descending=True, stable=True).to(torch.int32)
         number = next(_numbers)
-        object.__setattr__(self, "launch_order", longest_first)
+        object.__setattr__(self, "launch_order", longest_first(self.full, self.partial))
         object.__setattr__(self, "handle", torch.tensor(number))
         _plans[number] = self
 
@@ -216,6 +178,13 @@ class BlockPlan:
     def longest_row(self) -> int:
         """Key blocks of the query block that has most."""
         return int((self.full.counts + self.partial.counts).max())
+
+    @cached_property
+    def transposed(self) -> Columns:
+        """The lists by key block; built when a gradient is first asked for."""
+        full, _ = self.full.transposed(self.key_blocks)
+        partial, bit_place = self.partial.transposed(self.key_blocks)
+        return Columns(full, partial, bit_place, longest_first(full, partial))
 
     @property
     def mean_row(self) -> float:

@@ -47,6 +47,36 @@ def forward_tile(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, 
     return Tile(queries, 16, 4, 1)
 
 
+@dataclass(frozen=True)
+class BackwardTile:
+    """How a backward kernel cuts its work: the side whose gradient it holds, and the side that it walks along."""
+
+    held: int
+    walked: int
+    warps: int
+    stages: int
+
+
+def backward_tile(
+    held_block: int, walked_block: int, head_dim: int, dtype: torch.dtype, shared_memory: int
+) -> BackwardTile:
+    """The tile of a backward kernel: the widest that fits shared memory, with the deepest pipeline there.
+
+    Args:
+        held_block, walked_block: Blocks of the plan on the two sides, powers of two.
+        head_dim, dtype, shared_memory: As in `forward_tile`.
+    """
+    row = head_dim * dtype.itemsize
+    small = dtype == torch.float32 or head_dim > 128
+    for held, walked in ((128, 64), (64, 64), (64, 32), (32, 32), (16, 16)):
+        held, walked = min(held, held_block, 32 if small else 128), min(walked, walked_block, 32 if small else 64)
+        for stages in (3, 2, 1):
+            # Both tensors of the held side stay; those of the walked side are buffered.
+            if 2 * held * row + 2 * stages * walked * row + 2 * held * walked * dtype.itemsize <= shared_memory:
+                return BackwardTile(held, walked, 8 if held * head_dim >= 128 * 128 else 4, stages)
+    return BackwardTile(min(16, held_block), min(16, walked_block), 4, 1)
+
+
 def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory one program may take on this device; the CPU, for the interpreter, counts as sm90."""
     if device.type != "cuda":
