@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastdiff_kernels import InvalidInputError
 
@@ -18,6 +19,8 @@ class GenerationDefaults:
         density: Density that the method's config is solved for; None takes the config's own defaults.
         dense_share: Share of the steps, from the first on, that stay dense under a sparse method.
         fps: Frames per second of the written video.
+        method: The method where none is named.
+        call: Further arguments of the pipeline's call, by name.
     """
 
     prompt: str | None = None
@@ -30,6 +33,8 @@ class GenerationDefaults:
     density: float | None = None
     dense_share: float = 0.0
     fps: int = 16
+    method: str = "radial"
+    call: dict[str, Any] = field(default_factory=dict)
 
 
 # A model that is not embedded runs with its pipeline's own sizes.
