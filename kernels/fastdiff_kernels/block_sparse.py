@@ -127,7 +127,7 @@ def _forward_kernel(
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
     q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     out_stride_b, out_stride_n, out_stride_h,
-    heads, q_tokens, q_blocks, q_slots_of_head, k_slots_of_head, k_slots_in_all, list_step, scale_log2,
+    heads, q_tokens, q_blocks, q_order_step, q_table_step, k_table_step, k_slots_in_all, list_step, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, RULE: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, KEY_MASK_OF_HEAD: tl.constexpr, WRITE_LSE: tl.constexpr, EXACT: tl.constexpr,
@@ -139,7 +139,7 @@ def _forward_kernel(
     row = tl.load(launch_order + which * q_blocks + tl.program_id(0) // tiles)
 
     q_slots = row * BLOCK_Q + (tl.program_id(0) % tiles) * TILE_Q + tl.arange(0, TILE_Q)
-    tokens = tl.load(q_order + head * q_slots_of_head + q_slots)
+    tokens = tl.load(q_order + head * q_order_step + q_slots)
     exists = tokens >= 0
     rows = tokens.to(tl.int64)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
@@ -152,8 +152,8 @@ def _forward_kernel(
 
     k += batch64 * k_stride_b + head64 * k_stride_h
     v += batch64 * v_stride_b + head64 * v_stride_h
-    q_table += head64 * q_slots_of_head * 5
-    k_table += head64 * k_slots_of_head * 5
+    q_table += head64 * q_table_step
+    k_table += head64 * k_table_step
     if HAS_KEY_MASK:
         key_mask += (
             batch64 * (heads if KEY_MASK_OF_HEAD else 1) + (head64 if KEY_MASK_OF_HEAD else 0)
@@ -219,8 +219,7 @@ def forward(
         plan.rule.parameters, plan.bits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, tokens, plan.query_blocks,
-        plan.query.slots if plan.query.order.shape[0] > 1 else 0,
-        plan.key.slots if plan.key.order.shape[0] > 1 else 0,
+        head_step(plan.query.order), head_step(plan.query.table), head_step(plan.key.table),
         plan.key.slots, int(plan.lists > 1), scale / math.log(2),
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k,
         TILE_Q=tile.queries, TILE_K=tile.keys, RULE=int(plan.rule.kind),
@@ -238,5 +237,12 @@ def _in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     place = order.clamp(min=0).long()
     if place.shape[0] == 1:
         return x.index_select(1, place[0])
-    place = place.t()[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3])
-    return x.gather(1, place)
+    # One row of head_dim for each index: an index for each element, as `gather` takes it, is several times slower.
+    batch, _, heads, head_dim = x.shape
+    rows = place.t() * heads + torch.arange(heads, device=x.device)
+    return x.flatten(1, 2).index_select(1, rows.flatten()).view(batch, -1, heads, head_dim)
+
+
+def head_step(x: torch.Tensor) -> int:
+    """How far apart the rows of two heads lie, 0 where all share one."""
+    return x.stride(0) if x.shape[0] > 1 else 0

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_sparse import _BITS, _in_order, _visible
+from .block_sparse import _BITS, _in_order, _visible, head_step
 from .plan import BlockPlan
 from .tuning import backward_tile, shared_memory_of
 
@@ -99,7 +99,8 @@ def _grad_q_kernel(
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
     q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     up_stride_b, up_stride_n, up_stride_h, out_stride_b, out_stride_n, out_stride_h,
-    heads, blocks, q_slots_in_all, q_slots_of_head, k_slots_of_head, k_slots_in_all, list_step, scale_log2, scale,
+    heads, blocks, q_slots_in_all, q_order_step, k_order_step, q_table_step, k_table_step, k_slots_in_all, list_step,
+    scale_log2, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, RULE: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, KEY_MASK_OF_HEAD: tl.constexpr, EXACT: tl.constexpr,
@@ -118,8 +119,8 @@ def _grad_q_kernel(
     row_lse, row_delta = tl.load(lse + rows), tl.load(delta + rows)
     k += batch * k_stride_b + head * k_stride_h
     v += batch * v_stride_b + head * v_stride_h
-    q_table += head * q_slots_of_head * 5
-    k_table += head * k_slots_of_head * 5
+    q_table += head * q_table_step
+    k_table += head * k_table_step
     if HAS_KEY_MASK:
         key_mask += (batch * (heads if KEY_MASK_OF_HEAD else 1) + (head if KEY_MASK_OF_HEAD else 0)) * k_slots_in_all
     offset = which * (blocks + 1) + row
@@ -134,7 +135,7 @@ def _grad_q_kernel(
         partial_indices, tl.load(partial_offsets + offset), tl.load(partial_offsets + offset + 1), k_stride_n,
         v_stride_n, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, RULE, True, HAS_KEY_MASK, EXACT,
     )  # fmt: skip
-    tokens = tl.load(q_order + head * q_slots_of_head + q_slots)
+    tokens = tl.load(q_order + head * q_order_step + q_slots)
     place = grad_q + batch * out_stride_b + head * out_stride_h + tokens.to(tl.int64)[:, None] * out_stride_n
     inside = (tokens >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(place + dims[None, :], (total * scale).to(grad_q.dtype.element_ty), mask=inside)
@@ -146,7 +147,8 @@ def _grad_kv_kernel(
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits, bit_place,
     q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     up_stride_b, up_stride_n, up_stride_h, out_stride_b, out_stride_n, out_stride_h,
-    heads, blocks, q_slots_in_all, q_slots_of_head, k_slots_of_head, k_slots_in_all, list_step, scale_log2, scale,
+    heads, blocks, q_slots_in_all, q_order_step, k_order_step, q_table_step, k_table_step, k_slots_in_all, list_step,
+    scale_log2, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, RULE: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, KEY_MASK_OF_HEAD: tl.constexpr, EXACT: tl.constexpr,
@@ -167,8 +169,8 @@ def _grad_kv_kernel(
     upstream += batch * up_stride_b + head * up_stride_h
     lse += (batch * heads + head) * q_slots_in_all
     delta += (batch * heads + head) * q_slots_in_all
-    q_table += head * q_slots_of_head * 5
-    k_table += head * k_slots_of_head * 5
+    q_table += head * q_table_step
+    k_table += head * k_table_step
     offset = which * (blocks + 1) + column
     total_k = tl.zeros([TILE_K, BLOCK_D], dtype=tl.float32)
     total_v = tl.zeros([TILE_K, BLOCK_D], dtype=tl.float32)
@@ -183,7 +185,7 @@ def _grad_kv_kernel(
         q_stride_n, up_stride_n, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_Q, RULE, True, HAS_KEY_MASK,
         EXACT,
     )  # fmt: skip
-    tokens = tl.load(k_order + head * k_slots_of_head + k_slots)
+    tokens = tl.load(k_order + head * k_order_step + k_slots)
     place = batch * out_stride_b + head * out_stride_h + tokens.to(tl.int64)[:, None] * out_stride_n + dims[None, :]
     inside = (tokens >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(grad_k + place, (total_k * scale).to(grad_k.dtype.element_ty), mask=inside)
@@ -230,8 +232,7 @@ def backward(
     strides = [stride for x in (query, key, value, upstream, grads[0]) for stride in x.stride()[:3]]
     sizes = (
         plan.query.slots,
-        plan.query.slots if plan.query.order.shape[0] > 1 else 0,
-        plan.key.slots if plan.key.order.shape[0] > 1 else 0,
+        *(head_step(x) for x in (plan.query.order, plan.key.order, plan.query.table, plan.key.table)),
         plan.key.slots, int(plan.lists > 1), scale / math.log(2), scale,
     )  # fmt: skip
     constants = {
