@@ -29,6 +29,13 @@ class TestQuality:
         scores = [quality.ssim((video + size * noise).clamp(0, 1), video) for size in (0.01, 0.1, 0.5)]
         assert scores == sorted(scores, reverse=True)
 
+    def test_ssim_is_the_mean_over_frames_whatever_is_taken_at_once(self, video, monkeypatch):
+        noisy = (video + 0.1 * torch.rand(video.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+        alone = [quality.ssim(noisy[i : i + 1], video[i : i + 1]) for i in range(3)]
+        for pixels in (1, 2 * 16 * 24, 2**30):
+            monkeypatch.setattr(quality, "_PIXELS_AT_ONCE", pixels)
+            assert quality.ssim(noisy, video) == pytest.approx(sum(alone) / 3, abs=1e-6)
+
     @pytest.mark.parametrize("measure", [quality.psnr, quality.ssim])
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -74,13 +81,59 @@ class TestTiming:
             timing.time_call(lambda: None, **arguments)
 
     def test_attention_alone(self):
-        from fastdiff.methods import RadialConfig, build_plan
+        from fastdiff.methods import RadialConfig
 
-        plan = build_plan(RadialConfig(decay_factor=0.1), TokenLayout.self_attention(Grid(5, 6, 7), text_before=3))
-        found = timing.attention_speedup(plan, heads=2, head_dim=16, repeats=2)
+        layout = TokenLayout.self_attention(Grid(5, 6, 7), text_before=3)
+        found = timing.attention_speedup(RadialConfig(decay_factor=0.1).planner(), layout, heads=2, head_dim=16)
         assert found.dense.median > 0
         assert found.speedup == found.dense.median / found.sparse.median
         assert set(found.to_dict()) == {"dense", "sparse", "speedup"}
+
+    def test_times_all_that_a_method_does(self):
+        layout, seen = TokenLayout.self_attention(Grid(1, 6, 7), text_before=3), []
+        planner = CountingPlanner(seen)
+        timing.attention_speedup(planner, layout, heads=2, head_dim=16, layer=3, dtype=torch.bfloat16, repeats=2)
+        assert seen[0] == ("plan", 3, 2, 16)
+        assert seen.count("enter") == seen.count("attend") == seen.count("leave") == 3
+
+    def test_a_dense_layer_is_not_timed(self):
+        planner = CountingPlanner([])
+        planner.plan = lambda *_, **__: None
+        with pytest.raises(InvalidInputError, match="dense"):
+            timing.attention_speedup(planner, TokenLayout.self_attention(Grid(1, 2, 2)), heads=1, head_dim=16)
+
+
+class CountingPlanner:
+    """Merges half of the tokens away, checks what it is handed, and writes down who called."""
+
+    needs = frozenset({"block_input", "pre_rope_query", "seed"})
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def plan(self, layout, *, layer, step, steps, heads, head_dim, device):
+        self.seen.append(("plan", layer, heads, head_dim))
+        return layout
+
+    def parameters(self, *, layer, heads, head_dim):
+        return torch.nn.Linear(head_dim, head_dim)
+
+    def enter(self, hidden, plan, extras):
+        self.seen.append("enter")
+        assert hidden.shape == extras.inputs["block_input"].shape == (1, plan.query_tokens, 32)
+        extras.inputs["merged"] = True
+        return hidden[:, ::2]
+
+    def attend(self, q, k, v, plan, extras):
+        self.seen.append("attend")
+        assert extras.inputs["merged"]
+        assert extras.parameters.weight.dtype == q.dtype == torch.bfloat16
+        return extras.parameters(q)
+
+    def leave(self, out, plan, extras):
+        self.seen.append("leave")
+        assert out.shape == (1, (plan.query_tokens + 1) // 2, 32)
+        return out
 
 
 class TestReport:

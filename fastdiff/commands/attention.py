@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .options import Request, settings_for
+from .options import Request, defaults_for, settings_for
 from .pipelines import Job
+from .sizes import finest_layer
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class SparseAttention:
 
     Attributes:
         config: The method's config, None for dense attention.
-        density: Of a sparse layer at a sparse step.
+        planner: The method at work, None for dense attention.
+        density: Of the layers and steps that are sparse. Layers of different sizes count by their scores.
         mean_density: Over all steps and layers.
         backend: The backend that runs.
     """
 
     config: Any = None
+    planner: Any = None
     density: float = 1.0
     mean_density: float = 1.0
     dense_steps: int | list[int] = 0
@@ -40,14 +44,29 @@ class SparseAttention:
         }
 
 
-@contextlib.contextmanager
-def sparse_attention(
-    pipe: Any, request: Request, job: Job, config: Any = None, schedule: bool = True
-) -> Iterator[SparseAttention]:
-    """Applies the requested method while the body runs; leaves the pipeline alone for the method `dense`.
+def config_for(pipe: Any, request: Request, job: Job, calibration: Path) -> Any:
+    """The method's config: as given, else solved for the wanted density on the layers with the most tokens.
 
     Args:
-        config: The method's config where it is known already; else it is made from the request.
+        calibration: Where a calibration is kept, if the method needs one and none was given.
+
+    Raises:
+        FastDiffError: If this size does not allow the density, or the model cannot take the method.
+    """
+    if request.method == "dense":
+        return None
+    layout = finest_layer(pipe, job.grid, job.text_tokens).layout
+    return settings_for(request.method, request.config, request.solve_for, layout.grid, job.text_tokens)
+
+
+@contextlib.contextmanager
+def sparse_attention(
+    pipe: Any, request: Request, job: Job, config: Any, schedule: bool = True
+) -> Iterator[SparseAttention]:
+    """Applies a method while the body runs; leaves the pipeline alone for the method `dense`.
+
+    Args:
+        config: The method's config, None for `dense`.
         schedule: Whether the requested dense steps and layers are kept.
 
     Raises:
@@ -55,31 +74,19 @@ def sparse_attention(
     """
     import fastdiff
 
-    if request.method == "dense":
+    if config is None:
         yield SparseAttention()
         return
-    config = config or settings_for(request.method, request.config, density_of(request), job.grid)
     kept = {"dense_steps": _dense_steps(request, job), "dense_layers": request.dense_layers} if schedule else {}
     fastdiff.apply(pipe, config, **kept)
     try:
-        yield _described(fastdiff.summary(pipe, grid=job.grid, steps=job.steps), config, kept)
+        yield _described(pipe, job, config, kept)
     finally:
         fastdiff.remove(pipe)
 
 
-def density_of(request: Request) -> float | None:
-    """The density to solve for: as asked, else the model's default unless a config was given."""
-    from .pipelines import defaults_for
-
-    if request.density is not None or request.config is not None:
-        return request.density
-    return defaults_for(request.model).density
-
-
 def _dense_steps(request: Request, job: Job) -> int | list[int]:
     from fastdiff import DenseSchedule
-
-    from .pipelines import defaults_for
 
     if request.dense_steps is not None:
         DenseSchedule(request.dense_steps).check_steps(job.steps)
@@ -87,14 +94,30 @@ def _dense_steps(request: Request, job: Job) -> int | list[int]:
     return round(defaults_for(request.model).dense_share * job.steps)
 
 
-def _described(summary: Any, config: Any, kept: dict[str, Any]) -> SparseAttention:
-    models = summary.to_dict()["models"]
-    sparse = [layer["density"] for model in models for layer in model["layers"] if not layer["dense"]]
-    means = [model["mean_density"] for model in models if model["mean_density"] is not None]
+def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> SparseAttention:
+    import fastdiff
+    from fastdiff_kernels import TokenLayout
+    from fastdiff_patches import attachment, locate
+
+    whole = TokenLayout.self_attention(job.grid, text_before=job.text_tokens)
+    scores, sparse, computed, all_scores = 0, 0.0, 0.0, 0
+    for model in locate.transformers(pipe).values():
+        attached = attachment.find(model)
+        for layer in attached.layers:
+            layout = attached.family.at(model.config, whole, layer.name)
+            size = layout.query_tokens * layout.key_tokens
+            for step in range(job.steps):
+                dense = attached.schedule.is_dense(step, job.steps, layer.index, attached.total)
+                plan = None if dense else attached.plan(layer, whole, step, job.steps, "cpu")
+                density = 1.0 if plan is None else plan.density()
+                computed, all_scores = computed + size * density, all_scores + size
+                if plan is not None:
+                    sparse, scores = sparse + size * density, scores + size
     return SparseAttention(
         config,
-        sum(sparse) / len(sparse) if sparse else 1.0,
-        sum(means) / len(means) if means else 1.0,
-        backend=models[0]["runs_on"],
+        attached.planner,
+        sparse / scores if scores else 1.0,
+        computed / all_scores,
+        backend=fastdiff.summary(pipe).models[0].runs_on,
         **kept,
     )

@@ -1,4 +1,4 @@
-"""`fastdiff compare`: the same video dense and sparse, side by side, with time and fidelity."""
+"""`fastdiff compare`: the same video or picture dense and sparse, side by side, with time and fidelity."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from .pipelines import Job
     from .running import Run
 
-FILES = ("dense.mp4", "sparse.mp4", "side_by_side.mp4", "frames.png", "report.json")
-# Height to which small videos are enlarged where they stand under labels.
+RESULTS = ("dense", "sparse", "side_by_side")
+CALIBRATION = "calibration.safetensors"
+FILES = (*(name + suffix for suffix in (".mp4", ".png") for name in RESULTS), "frames.png", "report.json", CALIBRATION)
+# Height to which small videos and pictures are enlarged where they stand under labels.
 LEAST_SIDE = 256
 
 
 def compare(
     model: o.Model = "tiny-wan",
-    method: o.Method = "radial",
+    method: o.Method = None,
     config: o.Config = None,
     density: o.Density = None,
     prompt: o.Prompt = None,
@@ -38,16 +40,19 @@ def compare(
     output: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("outputs"),
     as_json: o.AsJson = False,
 ) -> None:
-    """Generate a video twice, dense and sparse, and compare time and fidelity.
+    """Generate a video or a picture twice, dense and sparse, and compare time and fidelity.
 
     Same seed and same noise, after one warm-up step each. Writes dense.mp4, sparse.mp4, side_by_side.mp4,
-    frames.png (a contact sheet) and report.json.
+    frames.png (a contact sheet) and report.json; for a picture dense.png, sparse.png, side_by_side.png and
+    report.json. The method paro without --config calibrates first and adds calibration.safetensors.
 
     \b
     Examples:
       fastdiff compare
       fastdiff compare --prompt "a blue square moving up" --density 0.3 --output outputs/square
       fastdiff compare --config '{"decay_factor": 0.2, "block_size": 32}' --dense-steps 2
+      fastdiff compare --model tiny-flux --method clear --density 0.3 --prompt "a red ring over a striped ground"
+      fastdiff compare --model tiny-sd --method agent
       fastdiff compare --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat on a surfboard" --dense-steps 12
     """
     from fastdiff_kernels.errors import InvalidInputError
@@ -55,7 +60,7 @@ def compare(
     from .screen import results_only_on_stdout
 
     request = o.Request.parse(locals())
-    if method == "dense":
+    if request.method == "dense":
         raise InvalidInputError("--method is dense; compare runs dense by itself, name the sparse method.")
     with results_only_on_stdout():
         report = _run(request, output)
@@ -72,30 +77,32 @@ def compare(
 def _run(request: o.Request, output: Path) -> dict[str, Any]:
     from fastdiff.measure import report
 
-    from .attention import sparse_attention
+    from .attention import config_for, sparse_attention
     from .outputs import check_room, staged
     from .pictures import require_writers
     from .pipelines import prepare
-    from .running import generate_video, warm_up
+    from .running import generate_once, warm_up
     from .screen import stage
 
-    require_writers()
+    require_writers(video=False)
     with staged(output, FILES) as folder:
         pipe, job = prepare(request)
-        # Two videos, and both again, enlarged, side by side.
-        check_room(output, 2 * job.video_bytes + beside_bytes(job))
-        with sparse_attention(pipe, request, job) as sparse:
+        require_writers(video=job.is_video)
+        # Two results, and both again, enlarged, side by side.
+        check_room(output, 2 * job.pixel_bytes + beside_bytes(job))
+        config = config_for(pipe, request, job, folder / CALIBRATION)
+        with sparse_attention(pipe, request, job, config) as sparse:
             pass
         with stage("Warming up"):
             warm_up(pipe, job)
-            with sparse_attention(pipe, request, job, sparse.config, schedule=False):
+            with sparse_attention(pipe, request, job, config, schedule=False):
                 warm_up(pipe, job)
-        dense_run = generate_video(pipe, job, "Generating (dense)")
-        with sparse_attention(pipe, request, job, sparse.config):
-            sparse_run = generate_video(pipe, job, f"Generating ({request.method}, density {sparse.density:.2f})")
+        dense_run = generate_once(pipe, job, "Generating (dense)")
+        with sparse_attention(pipe, request, job, config):
+            sparse_run = generate_once(pipe, job, f"Generating ({request.method}, density {sparse.density:.2f})")
         with stage("Measuring"):
             result = _measure(pipe, request, job, sparse, dense_run, sparse_run)
-        with stage("Writing videos and contact sheet"):
+        with stage("Writing results"):
             _write(folder, job, result, dense_run, sparse_run)
         report.write_json(folder / "report.json", result)
     return result
@@ -106,16 +113,19 @@ def _measure(
 ) -> dict[str, Any]:
     from fastdiff.measure import quality, report
     from fastdiff.measure.timing import attention_speedup
-    from fastdiff.methods import build_plan
-    from fastdiff_kernels import TokenLayout
 
-    shape = pipe.transformer.config
+    from .sizes import core, finest_layer
+
+    layer = finest_layer(pipe, job.grid, job.text_tokens)
+    dtype = core(pipe).dtype
     alone = attention_speedup(
-        build_plan(sparse.config, TokenLayout.self_attention(job.grid)),
-        heads=shape.num_attention_heads,
-        head_dim=shape.attention_head_dim,
+        sparse.planner,
+        layer.layout,
+        heads=layer.heads,
+        head_dim=layer.head_dim,
+        layer=layer.index,
         device=pipe.device,
-        dtype=pipe.transformer.dtype,
+        dtype=dtype,
     )
     return {
         "model": request.model,
@@ -124,39 +134,42 @@ def _measure(
         "seconds_dense": dense_run.seconds,
         "seconds_sparse": sparse_run.seconds,
         "speedup": dense_run.seconds / sparse_run.seconds,
-        "psnr": quality.psnr(sparse_run.video, dense_run.video),
-        "ssim": quality.ssim(sparse_run.video, dense_run.video),
+        "psnr": quality.psnr(sparse_run.frames, dense_run.frames),
+        "ssim": quality.ssim(sparse_run.frames, dense_run.frames),
         "attention_speedup": alone.speedup,
         "attention": alone.to_dict(),
         "seconds_per_step_dense": dense_run.seconds_per_step,
         "seconds_per_step_sparse": sparse_run.seconds_per_step,
-        "identical": bool((sparse_run.video == dense_run.video).all()),
+        "identical": bool((sparse_run.frames == dense_run.frames).all()),
         **sparse.to_dict(),
         **job.to_dict(),
         "tokens": job.grid.tokens,
-        "heads": shape.num_attention_heads,
-        "head_dim": shape.attention_head_dim,
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "heads": layer.heads,
+        "head_dim": layer.head_dim,
+        "dtype": str(dtype).removeprefix("torch."),
         **report.environment(str(pipe.device)),
     }
 
 
 def beside_bytes(job: Job) -> int:
-    """Of the side-by-side video uncompressed."""
-    return 2 * job.video_bytes * max(1, -(-LEAST_SIDE // job.height)) ** 2
+    """Of the side-by-side result uncompressed."""
+    return 2 * job.pixel_bytes * max(1, -(-LEAST_SIDE // job.height)) ** 2
 
 
 def _write(folder: Path, job: Job, result: dict[str, Any], dense_run: Run, sparse_run: Run) -> None:
-    from .pictures import beside, contact_sheet, images, write_video
+    from .pictures import beside, contact_sheet, images, write
 
+    suffix = ".mp4" if job.is_video else ".png"
     runs = {"dense": dense_run, "sparse": sparse_run}
     for name, run in runs.items():
-        write_video(folder / f"{name}.mp4", images(run.video), job.fps)
-    large = {name: images(run.video, LEAST_SIDE) for name, run in runs.items()}
+        write(folder / (name + suffix), images(run.frames), job.fps)
+    large = {name: images(run.frames, LEAST_SIDE) for name, run in runs.items()}
     method = f"{result['method']}, density {result['density']:.2f}"
     times = {name: f"{run.seconds_per_step:.2f} s/step" for name, run in runs.items()}
     labels = (f"dense, {times['dense']}", f"{method}, {times['sparse']}")
-    write_video(folder / "side_by_side.mp4", beside(large["dense"], large["sparse"], labels), job.fps)
+    write(folder / f"side_by_side{suffix}", beside(large["dense"], large["sparse"], labels), job.fps)
+    if not job.is_video:
+        return
     fidelity = "identical" if result["identical"] else f"{result['psnr']:.1f} dB PSNR, {result['ssim']:.3f} SSIM"
     rows = [(labels[0], large["dense"]), (f"{labels[1]}: {fidelity} against dense", large["sparse"])]
     title = f"“{job.prompt}”, {result['model']}, seed {job.seed}, {job.steps} steps"

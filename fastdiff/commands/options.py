@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from fastdiff.assets import GenerationDefaults
     from fastdiff_kernels import Grid
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The keys of fastdiff.methods.METHODS and fastdiff.assets.EMBEDDED, whose packages bring torch.
+METHODS = ("radial", "neighborhood", "clear", "paro", "agent")
+MODELS = ("tiny-wan", "tiny-flux", "tiny-sd")
 
-Model = Annotated[str, typer.Option(help="tiny-wan (embedded), a diffusers folder, or the id of a Hub repository.")]
-Method = Annotated[str, typer.Option(help="dense, or a sparse method: radial, neighborhood.")]
+Model = Annotated[
+    str, typer.Option(help=f"{', '.join(MODELS)} (embedded), a diffusers folder, or the id of a Hub repository.")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help=f"dense, or a sparse method: {', '.join(METHODS)}. By default the one that suits the model."),
+]
 Config = Annotated[str | None, typer.Option(help="The method's settings: a JSON file, or JSON text.")]
 Density = Annotated[
     float | None, typer.Option(help="Instead of --config: solve the settings for this share of computed scores.")
@@ -22,15 +31,15 @@ Density = Annotated[
 Prompt = Annotated[str | None, typer.Option(help="What to show.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
-NumFrames = Annotated[int | None, typer.Option(help="Frames of the video.")]
+NumFrames = Annotated[int | None, typer.Option(help="Frames of a video; not for models that make pictures.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Fewer is faster and coarser.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="How strictly the prompt is followed.")]
-Seed = Annotated[int | None, typer.Option(help="Of the noise: the same seed gives the same video.")]
+Seed = Annotated[int | None, typer.Option(help="Of the noise: the same seed gives the same result.")]
 DenseSteps = Annotated[
     str | None,
     typer.Option(
         help="Steps that stay dense: the first N, or indices such as 0,1,-1. More is slower and safer. "
-        "By default a third for tiny-wan, none for others."
+        "By default a share of them for embedded models, none for others."
     ),
 ]
 DenseLayers = Annotated[str, typer.Option(help="Layers that stay dense, likewise.")]
@@ -44,6 +53,7 @@ class Request:
     """What a user asked of generate or compare; None means the model's own default.
 
     Attributes:
+        method: "dense" or a sparse method, never left open.
         config: The method's config, read from what was given.
     """
 
@@ -73,10 +83,19 @@ class Request:
         values = {name: options[name] for name in cls.__dataclass_fields__}
         for name in ("dense_steps", "dense_layers"):
             values[name] = _schedule(name, values[name])
+        if values["method"] is None:
+            values["method"] = _method_of(values["config"], defaults_for(values["model"]).method)
         request = cls(**values)
         request._check()
         # Before the model is loaded, which may take minutes.
         return replace(request, config=read_config(request.method, request.config))
+
+    @property
+    def solve_for(self) -> float | None:
+        """The density to solve for: as asked, else the model's default unless a config was given."""
+        if self.density is not None or self.config is not None:
+            return self.density
+        return defaults_for(self.model).density
 
     def _check(self) -> None:
         _one_of("--device", self.device, DEVICES)
@@ -92,10 +111,19 @@ class Request:
         if self.prompt is not None and not self.prompt.strip():
             raise _invalid("--prompt is empty; say what to show.")
         check_settings(self.method, self.config, self.density)
+        if self.method != "dense" and self.config is None and self.solve_for is None:
+            _needs_no_settings(self.method)
         dense = {"--dense-steps": self.dense_steps, "--dense-layers": self.dense_layers}
         for name, value in dense.items():
             if self.method == "dense" and value not in (None, 0):
                 raise _invalid(f"{name} goes with a sparse method; --method is dense.")
+
+
+def defaults_for(model: str) -> GenerationDefaults:
+    """What an embedded model, or any other, is run with where a user says nothing."""
+    from fastdiff.assets import EMBEDDED, FOREIGN
+
+    return EMBEDDED.get(model, FOREIGN)
 
 
 def check_settings(method: str, config: str | None, density: float | None) -> None:
@@ -147,6 +175,22 @@ def settings_for(method: str, config: Any, density: float | None, grid: Grid, te
     if density is None:
         return load_config({}, method)
     return METHODS[method].for_density(density, grid, text_tokens=text)
+
+
+def _method_of(config: str | None, default: str) -> str:
+    from fastdiff.methods import load_config
+
+    return default if config is None else load_config(config, default).method
+
+
+def _needs_no_settings(method: str) -> None:
+    from fastdiff.methods import METHODS
+
+    missing = [field.name for field in fields(METHODS[method]) if field.default is field.default_factory is MISSING]
+    if missing:
+        raise _invalid(
+            f"--method {method} has no default for {', '.join(missing)}; give --density, or say it with --config."
+        )
 
 
 def _invalid(message: str) -> Exception:

@@ -22,7 +22,7 @@ def staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
     Args:
         folder: Where the results go; it is created.
-        names: The files that the body will write.
+        names: The files that the body may write.
 
     Raises:
         InvalidInputError: Before the body runs, if `folder` cannot be written, lacks room, or holds a folder of one
@@ -43,8 +43,8 @@ def staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
             raise InvalidInputError(f"{folder / name} is a folder; choose another place.")
         check_room(folder)
         yield temporary
-        for name in names:
-            os.replace(temporary / name, folder / name)
+        for path in temporary.iterdir():
+            os.replace(path, folder / path.name)
         done = True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -52,13 +52,13 @@ def staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
             _remove_empty(missing)
 
 
-def check_room(folder: Path, video_bytes: int = 0) -> None:
-    """Compares free space with the size of all videos uncompressed, the upper limit of what they take.
+def check_room(folder: Path, pixel_bytes: int = 0) -> None:
+    """Compares free space with the size of all results uncompressed, the upper limit of what they take.
 
     Raises:
         InvalidInputError: If there is less.
     """
-    free, needed = shutil.disk_usage(folder).free, video_bytes + SPARE_BYTES
+    free, needed = shutil.disk_usage(folder).free, pixel_bytes + SPARE_BYTES
     if free < needed:
         raise InvalidInputError(
             f"{folder} has {free / 2**20:.0f} MiB of free space and up to {needed / 2**20:.0f} MiB are needed; make "

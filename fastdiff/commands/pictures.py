@@ -18,19 +18,22 @@ INSTALL = 'pip install "fastdiff-attention[demo]"'
 INK, PAPER, GAP = (24, 24, 24), (250, 250, 250), 8
 
 
-def require_writers() -> None:
-    """Checks before a long run that videos and pictures can be written.
+def require_writers(video: bool) -> None:
+    """Checks before a long run that pictures and, if asked, videos can be written.
 
     Raises:
         MissingDependencyError: If a package is missing; the message says how to get it.
     """
     try:
-        import imageio_ffmpeg
         import PIL.Image  # noqa: F401
 
-        imageio_ffmpeg.get_ffmpeg_exe()
+        if video:
+            import imageio_ffmpeg
+
+            imageio_ffmpeg.get_ffmpeg_exe()
     except ImportError as error:
-        raise MissingDependencyError(f"writing videos needs imageio, imageio-ffmpeg and pillow: {INSTALL}.") from error
+        what = "videos needs imageio, imageio-ffmpeg and pillow" if video else "pictures needs pillow"
+        raise MissingDependencyError(f"writing {what}: {INSTALL}.") from error
     except RuntimeError as error:
         raise MissingDependencyError(
             f"no ffmpeg was found: {INSTALL} brings one, or set IMAGEIO_FFMPEG_EXE to yours."
@@ -67,8 +70,20 @@ def images(video: torch.Tensor, least_side: int = 0) -> list[Image]:
     return [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in array]
 
 
+def write(path: Path, frames: Sequence[Image], fps: int | None) -> None:
+    """Writes a video, or one picture where there are no frames per second.
+
+    Raises:
+        InvalidInputError: If the video encoder stopped, as it does on a full disk.
+    """
+    if fps is None:
+        frames[0].save(path)
+    else:
+        write_video(path, frames, fps)
+
+
 def beside(left: Sequence[Image], right: Sequence[Image], labels: tuple[str, str]) -> list[Image]:
-    """Two videos next to each other, each under its label."""
+    """Two videos or pictures next to each other, each under its label."""
     from PIL import Image, ImageDraw
 
     width, height = left[0].size

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.assets import EMBEDDED, FOREIGN, GenerationDefaults, pipeline_path
-from fastdiff_kernels.errors import InvalidInputError, UnsupportedError
+from fastdiff.assets import EMBEDDED, pipeline_path
+from fastdiff_kernels.errors import InvalidInputError
 
+from . import sizes
 from .failures import is_out_of_memory
-from .memory import check_memory
-from .options import Request
+from .options import Request, defaults_for
 from .screen import stage
 
 if TYPE_CHECKING:
@@ -28,7 +27,11 @@ class Job:
     """One generation with nothing left open.
 
     Attributes:
-        grid: The visual tokens of the transformer.
+        num_frames: 1 for a picture.
+        fps: Frames per second of the written video, None for a picture.
+        grid: The visual tokens of the model.
+        text_tokens: Text tokens in the same sequence.
+        call: Further arguments of the pipeline's call, by name.
     """
 
     prompt: str
@@ -38,20 +41,28 @@ class Job:
     steps: int
     guidance_scale: float | None
     seed: int
-    fps: int
+    fps: int | None
     grid: Grid
+    text_tokens: int
+    call: dict[str, Any]
 
     @property
-    def video_bytes(self) -> int:
-        """Of the video uncompressed, eight bits a channel."""
+    def is_video(self) -> bool:
+        return self.fps is not None
+
+    @property
+    def size(self) -> str:
+        """For people: "65 frames of 128x128", or "512x512" for a picture."""
+        size = f"{self.width}x{self.height}"
+        return f"{self.num_frames} frames of {size}" if self.is_video else size
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of the result uncompressed, eight bits a channel."""
         return self.num_frames * self.height * self.width * 3
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"grid": str(self.grid)}
-
-
-def defaults_for(model: str) -> GenerationDefaults:
-    return EMBEDDED.get(model, FOREIGN)
 
 
 def locate(model: str) -> str:
@@ -107,7 +118,7 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Any:
 
     Raises:
         InvalidInputError: If diffusers cannot load it; the message has diffusers' own first line.
-        UnsupportedError: If it makes no videos.
+        UnsupportedError: If it makes neither videos nor pictures from text, or its model is not described.
     """
     import diffusers
     import torch
@@ -126,14 +137,10 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Any:
         if is_out_of_memory(error):
             raise
         raise InvalidInputError(_why_not_loaded(source, error)) from error
-    parameters = inspect.signature(pipe.__call__).parameters
-    # Older pipelines from text to video have a U-Net.
-    transformer = getattr(pipe, "transformer", None)
-    if "num_frames" not in parameters or "prompt" not in parameters or transformer is None:
-        raise UnsupportedError(
-            f"{source} is a {type(pipe).__name__}; this command needs a pipeline from text to video with a "
-            "transformer, such as WanPipeline. From Python, fastdiff.apply takes others."
-        )
+    sizes.check_pipeline(source, pipe)
+    if not sizes.makes_video(pipe):
+        # Video pipelines hand their VAE its own type, picture pipelines that of their latents.
+        pipe.vae.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -174,63 +181,50 @@ def settle(pipe: Any, request: Request) -> Job:
     defaults = defaults_for(request.model)
     parameters = inspect.signature(pipe.__call__).parameters
 
-    def pick(name: str, parameter: str | None = None) -> Any:
-        for value in (getattr(request, name), getattr(defaults, name)):
-            if value is not None:
-                return value
-        own = parameters.get(parameter or name)
-        return None if own is None or own.default is inspect.Parameter.empty else own.default
+    def given(name: str) -> Any:
+        asked = getattr(request, name)
+        return getattr(defaults, name) if asked is None else asked
 
-    sizes = {name: pick(name) for name in ("height", "width", "num_frames")}
-    for name, value in sizes.items():
+    def pick(name: str, parameter: str | None = None) -> Any:
+        own = parameters.get(parameter or name)
+        value = None if own is None or own.default is inspect.Parameter.empty else own.default
+        return value if given(name) is None else given(name)
+
+    is_video = sizes.makes_video(pipe)
+    if not is_video and request.num_frames is not None:
+        raise InvalidInputError(f"--num-frames is for videos and {request.model} makes pictures; leave it out.")
+    size = {name: pick(name) for name in ("height", "width")}
+    if not is_video and None in size.values():
+        own = dict(zip(size, sizes.own_size(pipe) or (None, None), strict=True))
+        size = {name: own[name] if value is None else value for name, value in size.items()}
+    size["num_frames"] = pick("num_frames") if is_video else 1
+    for name, value in size.items():
         if value is None:
             raise InvalidInputError(f"this pipeline has no default {name}; add --{name.replace('_', '-')}.")
+    grid = sizes.grid_of(pipe, **size)
+    call = {**defaults.call, **_guidance(pipe, given("guidance_scale"))}
     job = Job(
         prompt=pick("prompt"),
         steps=pick("steps", "num_inference_steps"),
         guidance_scale=pick("guidance_scale"),
         seed=pick("seed"),
-        fps=defaults.fps,
-        grid=None,
-        **sizes,
+        fps=defaults.fps if is_video else None,
+        grid=grid,
+        text_tokens=sizes.text_tokens(pipe, call),
+        call=call,
+        **size,
     )
-    job = replace(job, grid=_grid(pipe, job))
     _check_inputs(pipe, job)
-    _check_memory(pipe, job)
+    sizes.check_room_for(pipe, job)
     return job
 
 
-def _grid(pipe: Any, job: Job) -> Grid:
-    # diffusers rounds what does not fit to another size with a warning; here it is refused.
-    from fastdiff_kernels import Grid
-
-    config = pipe.transformer.config
-    patch = getattr(config, "patch_size", 1)
-    patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
-    space = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", 1)
-    time = getattr(pipe, "vae_scale_factor_temporal", 1)
-    if (job.num_frames - 1) % time:
-        low = (job.num_frames - 1) // time * time + 1
-        raise InvalidInputError(
-            f"--num-frames is {job.num_frames}; this model takes one more than a multiple of {time}, such as {low} or "
-            f"{low + time}."
-        )
-    frames = (job.num_frames - 1) // time + 1
-    if frames % patch[0]:
-        raise InvalidInputError(
-            f"--num-frames is {job.num_frames}, {frames} latent frames; this model takes multiples of {patch[0]}."
-        )
-    for name, value, multiple in (("height", job.height, space * patch[1]), ("width", job.width, space * patch[2])):
-        if value % multiple:
-            near = sorted({max(multiple, value // multiple * multiple), -(-value // multiple) * multiple})
-            raise InvalidInputError(
-                f"--{name} is {value}; this model takes multiples of {multiple}, such as {' or '.join(map(str, near))}."
-            )
-    grid = Grid(frames // patch[0], job.height // (space * patch[1]), job.width // (space * patch[2]))
-    longest, allowed = max(grid.frames, grid.height, grid.width), getattr(config, "rope_max_seq_len", math.inf)
-    if longest > allowed:
-        raise InvalidInputError(f"the token grid would be {grid}; this model takes up to {allowed} along each axis.")
-    return grid
+def _guidance(pipe: Any, scale: float | None) -> dict[str, Any]:
+    """Guidance for a model that was not trained to take it as an input and would not feel it otherwise."""
+    takes_true = "true_cfg_scale" in inspect.signature(pipe.__call__).parameters
+    if scale is None or not takes_true or getattr(sizes.core(pipe).config, "guidance_embeds", True):
+        return {}
+    return {"true_cfg_scale": scale, "negative_prompt": ""}
 
 
 def _check_inputs(pipe: Any, job: Job) -> None:
@@ -238,7 +232,7 @@ def _check_inputs(pipe: Any, job: Job) -> None:
     if check is None:
         return
     parameters = inspect.signature(check).parameters
-    known = {"prompt": job.prompt, "height": job.height, "width": job.width, "num_frames": job.num_frames}
+    known = {"prompt": job.prompt, "height": job.height, "width": job.width, "num_frames": job.num_frames, **job.call}
     arguments = {
         name: known.get(name)
         for name, parameter in parameters.items()
@@ -248,13 +242,3 @@ def _check_inputs(pipe: Any, job: Job) -> None:
         check(**arguments)
     except ValueError as error:
         raise InvalidInputError(f"{type(pipe).__name__} refuses this: {error}") from error
-
-
-def _check_memory(pipe: Any, job: Job) -> None:
-    # A lower bound: the decoded video as floats with one copy, and the activations of one block.
-    if pipe.device.type != "cpu":
-        return
-    config = pipe.transformer.config
-    width = getattr(config, "num_attention_heads", 1) * getattr(config, "attention_head_dim", 1)
-    needed = 2 * 4 * job.video_bytes + 6 * 4 * job.grid.tokens * width
-    check_memory(needed, f"{job.num_frames} frames of {job.height}x{job.width}", "--num-frames, --height or --width")

@@ -22,12 +22,12 @@ class Run:
     """A finished generation.
 
     Attributes:
-        video: Frames `[frames, 3, height, width]`, float32 on the CPU, in [0, 1].
+        frames: `[frames, 3, height, width]`, float32 on the CPU, in [0, 1]; a picture is one frame.
         seconds: The whole pipeline call: text, denoising, decoding.
         seconds_per_step: Median of the denoising steps.
     """
 
-    video: torch.Tensor
+    frames: torch.Tensor
     seconds: float
     seconds_per_step: float
 
@@ -35,11 +35,11 @@ class Run:
         return {"seconds": self.seconds, "seconds_per_step": self.seconds_per_step}
 
 
-def generate_video(pipe: Any, job: Job, title: str) -> Run:
+def generate_once(pipe: Any, job: Job, title: str) -> Run:
     """Runs the pipeline once.
 
     Raises:
-        NotFiniteError: If the video has values that are not finite.
+        NotFiniteError: If the result has values that are not finite.
     """
     import torch
 
@@ -57,24 +57,32 @@ def generate_video(pipe: Any, job: Job, title: str) -> Run:
             return tensors
 
         start = time.perf_counter()
-        frames = _call(pipe, job, job.steps, output_type="pt", callback_on_step_end=on_step_end).frames[0]
+        made = call(pipe, job, output_type="pt", callback_on_step_end=on_step_end)
+        frames = made.frames[0] if job.is_video else made.images
         synchronize(pipe.device)
         seconds = time.perf_counter() - start
-    video = frames.detach().float().cpu()
-    if not bool(torch.isfinite(video).all()):
-        raise NotFiniteError(f"{title}: the video has values that are not finite; try --dtype float32.")
+    frames = frames.detach().float().cpu()
+    if not bool(torch.isfinite(frames).all()):
+        raise NotFiniteError(f"{title}: the result has values that are not finite; try --dtype float32.")
     durations = [after - before for before, after in zip([start, *marks], marks, strict=False)]
     # The first step also pays for the text encoder.
-    return Run(video.clamp(0, 1), seconds, statistics.median(durations[1:] or durations or [seconds]))
+    return Run(frames.clamp(0, 1), seconds, statistics.median(durations[1:] or durations or [seconds]))
 
 
 def warm_up(pipe: Any, job: Job) -> None:
     """One step whose result is dropped: allocations, compilation and plans are not timed later."""
     # A GPU also picks its convolutions at the first decoding; a CPU would only do the work twice.
-    _call(pipe, job, 1, output_type="latent" if pipe.device.type == "cpu" else "pt")
+    call(pipe, job, num_inference_steps=1, output_type="latent" if pipe.device.type == "cpu" else "pt")
 
 
-def _call(pipe: Any, job: Job, steps: int, **more) -> Any:
+def call(pipe: Any, job: Job, **more) -> Any:
+    """Calls the pipeline as a job says.
+
+    Args:
+        pipe: The pipeline.
+        job: What to make.
+        more: Arguments that come on top or instead.
+    """
     import torch
 
     arguments = {
@@ -82,10 +90,11 @@ def _call(pipe: Any, job: Job, steps: int, **more) -> Any:
         "height": job.height,
         "width": job.width,
         "num_frames": job.num_frames,
-        "num_inference_steps": steps,
+        "num_inference_steps": job.steps,
         "guidance_scale": job.guidance_scale,
         # On the CPU, so that a seed means the same noise on every device.
         "generator": torch.Generator("cpu").manual_seed(job.seed),
+        **job.call,
         **more,
     }
     known = inspect.signature(pipe.__call__).parameters

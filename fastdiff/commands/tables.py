@@ -12,8 +12,9 @@ from rich.table import Table
 def comparison(report: dict[str, Any], folder: Path) -> None:
     """The table of `fastdiff compare`, a verdict, and where the files are."""
     out = Console(highlight=False)
-    title = f"{report['model']}: {report['num_frames']} frames of {report['width']}x{report['height']}, "
-    title += f"{report['tokens']} tokens, {report['steps']} steps, {report['device']} {report['dtype']}"
+    text = f" and {report['text_tokens']} of text" if report["text_tokens"] else ""
+    title = f"{report['model']}: {size(report)}, {report['tokens']} tokens{text}, {report['steps']} steps, "
+    title += f"{report['device']} {report['dtype']}"
     table = Table()
     table.add_column("")
     for name in ("dense", report["method"], "gain"):
@@ -35,7 +36,15 @@ def comparison(report: dict[str, Any], folder: Path) -> None:
     out.print(title, markup=False)
     out.print(table)
     out.print(verdict(report), markup=False)
-    out.print(f"Results in {folder}: side_by_side.mp4, frames.png, report.json, dense.mp4, sparse.mp4", markup=False)
+    videos = ("side_by_side.mp4", "frames.png", "report.json", "dense.mp4", "sparse.mp4")
+    files = videos if report["fps"] else ("side_by_side.png", "report.json", "dense.png", "sparse.png")
+    out.print(f"Results in {folder}: {', '.join(files)}", markup=False)
+
+
+def size(report: dict[str, Any]) -> str:
+    """Of what was made: "65 frames of 128x128", or "512x512" for a picture."""
+    pixels = f"{report['width']}x{report['height']}"
+    return f"{report['num_frames']} frames of {pixels}" if report["fps"] else f"a picture of {pixels}"
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -44,7 +53,7 @@ def verdict(report: dict[str, Any]) -> str:
     pays = f"{gain:.2f}x as fast end to end" if gain > 1.02 else f"no faster end to end here ({gain:.2f}x)"
     fidelity = "bit-identical" if report["identical"] else f"{report['psnr']:.1f} dB, SSIM {report['ssim']:.3f}"
     if report["density"] >= 1:
-        pays = "saves nothing, the grid is too small for its blocks"
+        pays = "saves nothing, all scores are computed on this grid"
     return (
         f"{report['method'].capitalize()} at density {report['density']:.2f}: {pays}, attention alone "
         f"{report['attention_speedup']:.2f}x; {fidelity} against dense."

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from fastdiff_kernels import BlockPlan, InvalidInputError, attention
+from fastdiff_kernels import InvalidInputError, TokenLayout
+from fastdiff_patches.planner import Extras, Planner
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class AttentionTiming:
-    """Attention alone, dense (SDPA) and by a plan, on tensors of the same shape."""
+    """Attention alone, dense (SDPA) and by a method, on tensors of the same shape."""
 
     dense: Timing
     sparse: Timing
@@ -84,22 +85,28 @@ def time_call(
 
 
 def attention_speedup(
-    plan: BlockPlan,
+    planner: Planner,
+    layout: TokenLayout,
     *,
     heads: int,
     head_dim: int,
+    layer: int = 0,
     batch: int = 1,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     repeats: int = 5,
     backend: str = "auto",
 ) -> AttentionTiming:
-    """Times a plan's attention against dense SDPA on random tensors of the shape that a model has.
+    """Times a method's attention against dense SDPA on random tensors of the shape that a model has.
+
+    All that the method does is timed: the token order, pooling, both passes of agents, merging of tokens.
 
     Args:
-        plan: What the sparse side computes; its tokens are those of the tensors.
+        planner: The method at work, `config.planner()`, or that of an attached model.
+        layout: The tokens of the call.
         heads: Attention heads of the model.
         head_dim: Size of a head.
+        layer: Which of the model's self-attention layers this is, for methods that tell them apart.
         batch: Samples of a call.
         device: Where to run.
         dtype: Type of queries, keys and values.
@@ -107,16 +114,36 @@ def attention_speedup(
         backend: Backend of the sparse side, as in `fastdiff_kernels.attention`.
 
     Raises:
-        InvalidInputError: If the numbers do not fit the plan.
+        InvalidInputError: If the method keeps this layer dense, or the numbers do not fit.
     """
-    plan = plan.to(device)
+    device = torch.device(device)
+    where = {"layer": layer, "heads": heads, "head_dim": head_dim}
+    plan = planner.plan(layout, step=None, steps=None, device=device, **where)
+    if plan is None:
+        raise InvalidInputError(f"the method keeps layer {layer} dense; time a layer that it makes sparse.")
+    parameters = planner.parameters(**where)
+    if parameters is not None:
+        parameters = parameters.to(device, dtype)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(batch, tokens, heads, head_dim, generator=generator).to(device, dtype)
-        for tokens in (plan.query_tokens, plan.key_tokens, plan.key_tokens)
-    )
+
+    def draw(tokens: int, *sizes: int) -> torch.Tensor:
+        return torch.randn(batch, tokens, *sizes, generator=generator).to(device, dtype)
+
+    hidden = draw(layout.query_tokens, heads * head_dim)
+    q, k, v = (draw(n, heads, head_dim) for n in (layout.query_tokens, layout.key_tokens, layout.key_tokens))
+    stand_ins = {"pre_rope_query": q, "rotary": None, "block_input": hidden, "attention": None, "seed": torch.tensor(0)}
+
+    def sparse() -> None:
+        extras = Extras(None, None, backend, parameters, dict(stand_ins))
+        if "block_input" not in planner.needs:
+            planner.attend(q, k, v, plan, extras)
+            return
+        # Merged tokens are fewer, and so are the queries and keys that a model would make of them.
+        merged = planner.enter(hidden, plan, extras).shape[1]
+        out = planner.attend(q[:, :merged], k[:, :merged], v[:, :merged], plan, extras)
+        planner.leave(out.flatten(2), plan, extras)
+
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     with torch.no_grad():
         dense = time_call(lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first), device, repeats)
-        sparse = time_call(lambda: attention(q, k, v, plan, backend=backend), device, repeats)
-    return AttentionTiming(dense, sparse)
+        return AttentionTiming(dense, time_call(sparse, device, repeats))
