@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
     from .api import apply, remove, summary
     from .attn_processors import RadialAttnProcessor, processors
-    from .methods import NeighborhoodConfig, RadialConfig, load_config
+    from .methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, load_config
     from .schedule import DenseSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgentConfig",
+    "ClearConfig",
     "DenseSchedule",
     "FastDiffError",
     "Grid",
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AgentConfig": "fastdiff.methods",
+    "ClearConfig": "fastdiff.methods",
     "DenseSchedule": "fastdiff.schedule",
     "FastDiffError": "fastdiff_kernels",
     "Grid": "fastdiff_kernels",

@@ -10,14 +10,28 @@ import torch
 
 from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout
 
+from .agent import AgentConfig
 from .base import MethodConfig
+from .clear import ClearConfig
 from .neighborhood import NeighborhoodConfig
 from .planner import Planner
 from .radial import RadialConfig
 
-METHODS: dict[str, type[MethodConfig]] = {kind.method: kind for kind in (RadialConfig, NeighborhoodConfig)}
+METHODS: dict[str, type[MethodConfig]] = {
+    kind.method: kind for kind in (RadialConfig, NeighborhoodConfig, ClearConfig, AgentConfig)
+}
 
-__all__ = ["METHODS", "MethodConfig", "NeighborhoodConfig", "RadialConfig", "build_plan", "load_config", "planner_for"]
+__all__ = [
+    "METHODS",
+    "AgentConfig",
+    "ClearConfig",
+    "MethodConfig",
+    "NeighborhoodConfig",
+    "RadialConfig",
+    "build_plan",
+    "load_config",
+    "planner_for",
+]
 
 
 def load_config(source: MethodConfig | Mapping | str | Path, method: str | None = None) -> MethodConfig:

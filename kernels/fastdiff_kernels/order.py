@@ -30,9 +30,12 @@ def raster_order(grid: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _frame_by_frame(grid, block, raster.long(), flat)
 
 
-def snake_order(grid: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compact patches inside each frame, every frame padded to whole blocks; coordinates are (t, y, x)."""
-    bands = max(1, round(grid.height / block**0.5))
+def snake_order(grid: Grid, block: int, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compact patches inside each frame, every frame padded to whole blocks; coordinates are (t, y, x).
+
+    `rows` is about how high a band is; left out, as high as makes patches square.
+    """
+    bands = max(1, round(grid.height / (rows or block**0.5)))
     edges = [grid.height * band // bands for band in range(bands + 1)]
     y, x = torch.meshgrid(torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
     pieces = []
