@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .api import apply, remove, summary
     from .attn_processors import RadialAttnProcessor, processors
-    from .methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, load_config
+    from .methods import AgentConfig, ClearConfig, NeighborhoodConfig, ParoConfig, RadialConfig, load_config
     from .schedule import DenseSchedule
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "FastDiffError",
     "Grid",
     "NeighborhoodConfig",
+    "ParoConfig",
     "RadialAttnProcessor",
     "RadialConfig",
     "TokenLayout",
@@ -43,6 +44,7 @@ _HOMES = {
     "FastDiffError": "fastdiff_kernels",
     "Grid": "fastdiff_kernels",
     "NeighborhoodConfig": "fastdiff.methods",
+    "ParoConfig": "fastdiff.methods",
     "RadialAttnProcessor": "fastdiff.attn_processors",
     "RadialConfig": "fastdiff.methods",
     "TokenLayout": "fastdiff_kernels",

@@ -14,11 +14,12 @@ from .agent import AgentConfig
 from .base import MethodConfig
 from .clear import ClearConfig
 from .neighborhood import NeighborhoodConfig
+from .paro import ParoConfig
 from .planner import Planner
 from .radial import RadialConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
-    kind.method: kind for kind in (RadialConfig, NeighborhoodConfig, ClearConfig, AgentConfig)
+    kind.method: kind for kind in (RadialConfig, NeighborhoodConfig, ClearConfig, AgentConfig, ParoConfig)
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ClearConfig",
     "MethodConfig",
     "NeighborhoodConfig",
+    "ParoConfig",
     "RadialConfig",
     "build_plan",
     "load_config",
