@@ -6,6 +6,7 @@ import torch
 
 from .plan import plan_of
 from .portable import portable, portable_backward
+from .tuning import hopper_kernel
 
 
 @torch.library.custom_op("fastdiff::block_sparse", mutates_args=())
@@ -21,13 +22,19 @@ def block_sparse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[batch, query tokens, heads, head_dim]`, and log-sum-exp `[batch, heads, query tokens]` or nothing."""
     plan = plan_of(handle).to(q.device)
-    if backend == "triton":
-        from .block_sparse import forward
-    else:
-        forward = portable
+    forward = _triton_forward if backend == "triton" else portable
     out, lse = forward(q, k, v, plan, scale, key_mask, return_lse)
     lse = lse.to(torch.float32) if return_lse else q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse
+
+
+def _triton_forward(q, k, v, plan, scale, key_mask, return_lse):
+    hopper = hopper_kernel(q.device)
+    if hopper is not None and hopper.fits(q, plan, scale, key_mask):
+        return hopper.forward(q, k, v, plan, scale, return_lse)
+    from .block_sparse import forward
+
+    return forward(q, k, v, plan, scale, key_mask, return_lse)
 
 
 @block_sparse.register_fake

@@ -1,10 +1,16 @@
-"""Tile shapes of the Triton kernels by GPU, head dim and dtype. Imports no triton."""
+"""Which Triton kernel runs on a GPU, and its tile shapes by shared memory, head dim and dtype. Imports no triton."""
 
 from __future__ import annotations
 
+import importlib
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 
 import torch
+
+_logger = logging.getLogger("fastdiff")
 
 # Shared memory that one program may take, in bytes, by compute capability; what is not listed gets the smallest.
 SHARED_MEMORY = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448}
@@ -84,3 +90,23 @@ def shared_memory_of(device: torch.device) -> int:
     limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
     smallest = min(SHARED_MEMORY.values())
     return limit or SHARED_MEMORY.get(torch.cuda.get_device_capability(device), smallest)
+
+
+def hopper_kernel(device: torch.device) -> ModuleType | None:
+    """The module with the kernel for this GPU's architecture, None where there is none and the portable one runs."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    return _load_hopper()
+
+
+@lru_cache(maxsize=1)
+def _load_hopper() -> ModuleType | None:
+    try:
+        return importlib.import_module(".hopper", __package__)
+    except (ImportError, AttributeError) as error:
+        _logger.warning(
+            "this Triton's Gluon lacks what fastdiff's Hopper kernel needs (%s), so the portable Triton kernel runs, "
+            "which is slower; install another triton release to get it.",
+            error,
+        )
+        return None

@@ -1,0 +1,118 @@
+"""The Hopper kernel: against the reference on a Hopper GPU; elsewhere it is compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from plans import box_rule, metric_rule, random_bits_plan
+
+from fastdiff_kernels import BlockPlan, Grid, Rule, Side, TokenLayout, attention, snake_order
+from fastdiff_kernels.tuning import hopper_kernel
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from fastdiff_kernels.hopper import _forward_kernel as kernel
+
+head_dim, rule = int(sys.argv[1]), int(sys.argv[2])
+layout = gl.NVMMASharedLayout.get_default_for([128, head_dim], gl.bfloat16)
+constants = {"HEAD_DIM": head_dim, "RULE": rule, "WRITE_LSE": True}
+kinds = {"q": "*bf16", "out": "*bf16", "lse": "*fp32", "scale_log2": "fp32", **dict.fromkeys(constants, "constexpr")}
+kinds |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[128, {head_dim}],{layout!r}>")
+tables = "q_order q_table k_table launch_order full_offsets full_indices partial_offsets partial_indices rule bits"
+kinds |= dict.fromkeys(tables.split(), "*i32")
+signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+source = GluonASTSource(kernel, signature, constants)
+built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+assert b"wgmma" in built.asm["ptx"].encode()
+print(built.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (64, 3)])
+def test_it_compiles_and_fits_shared_memory(head_dim, rule, tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(KERNELS), "TRITON_CACHE_DIR": str(tmp_path)}
+    (tmp_path / "build.py").write_text(COMPILE)
+    command = [sys.executable, str(tmp_path / "build.py"), str(head_dim), str(rule)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) <= 232_448
+
+
+def plans() -> dict[str, BlockPlan]:
+    grid = Grid(3, 13, 17)
+    text = TokenLayout.self_attention(grid, 5, 9)
+    size = {"block_q": 128, "block_k": 128, "grid_order": snake_order}
+    whole = Rule.metric(torch.tensor([10_000] * 3))
+    return {
+        "dense": BlockPlan.from_rule(TokenLayout.self_attention(Grid(1, 8, 16)), whole, **size),
+        "dense with text": BlockPlan.from_rule(text, whole, **size),
+        "metric": BlockPlan.from_rule(text, metric_rule(3), **size),
+        "box": BlockPlan.from_rule(text, box_rule(grid), **size),
+        "bits per head": bits_plan(),
+    }
+
+
+def bits_plan() -> BlockPlan:
+    """Lists, orders and bitmaps that differ by head, an empty row among them."""
+    heads, tokens = 3, 700
+    generator = torch.Generator().manual_seed(3)
+    orders = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(heads)])
+    orders = torch.nn.functional.pad(orders, (0, -tokens % 128), value=-1).to(torch.int32)
+    table = torch.zeros(*orders.shape, 5, dtype=torch.int32)
+    table[..., 4] = (orders >= 0).int()
+    key_table = torch.zeros_like(table)
+    key_table[..., 3] = (orders >= 0).int()
+    blocks = orders.shape[1] // 128
+    state = torch.randint(0, 3, (heads, blocks, blocks), generator=generator)
+    state[:, 0] = 0
+    bits = torch.randint(0, 2**16, state.shape, generator=generator, dtype=torch.int32)
+    query, key = Side(tokens, 128, orders, table), Side(tokens, 128, orders, key_table)
+    return BlockPlan.from_states(query, key, state, Rule.bits(32, 32, 4), bits)
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", plans())
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_it_equals_the_reference(name, head_dim, dtype, poison):
+    plan = plans()[name].to("cuda")
+    torch.manual_seed(0)
+    shape = (2, plan.heads or 3, plan.query_tokens, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
+    assert hopper_kernel(q.device).fits(q, plan, 0.1, None)
+    for factor in (1, 300):
+        out, lse = attention(q * factor, k, v, plan, return_lse=True, backend="triton")
+        inputs = ((q * factor).double(), k.double(), v.double())
+        truth, true_lse = attention(*inputs, plan, return_lse=True, backend="reference")
+        assert (out.double() - truth).norm() < 1e-2 * truth.norm()
+        torch.testing.assert_close(lse, true_lse.float(), atol=2e-2 * factor, rtol=1e-2)
+    assert torch.equal(attention(q, k, v, plan, backend="triton"), attention(q, k, v, plan, backend="triton"))
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_other_calls_are_left_to_the_portable_kernel():
+    plan = plans()["metric"].to("cuda")
+    q = torch.randn(1, plan.query_tokens, 2, 128, device="cuda", dtype=torch.bfloat16)
+    kernel = hopper_kernel(q.device)
+    mask = torch.ones(1, plan.key_tokens, dtype=torch.bool, device="cuda")
+    small, _ = random_bits_plan(75, 41, heads=2)
+    assert not kernel.fits(q, plan, 0.1, mask)
+    assert not kernel.fits(q, plan, -0.1, None)
+    assert not kernel.fits(q.float(), plan, 0.1, None)
+    assert not kernel.fits(q[..., :40], plan, 0.1, None)
+    assert not kernel.fits(q, small, 0.1, None)
