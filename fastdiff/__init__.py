@@ -12,19 +12,30 @@ if TYPE_CHECKING:
     from fastdiff_kernels import FastDiffError, Grid, TokenLayout
 
     from .api import apply, remove, summary
-    from .attn_processors import RadialAttnProcessor, processors
+    from .attn_processors import (
+        AgentAttnProcessor,
+        ClearAttnProcessor,
+        NeighborhoodAttnProcessor,
+        ParoAttnProcessor,
+        RadialAttnProcessor,
+        processors,
+    )
     from .methods import AgentConfig, ClearConfig, NeighborhoodConfig, ParoConfig, RadialConfig, load_config
     from .schedule import DenseSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgentAttnProcessor",
     "AgentConfig",
+    "ClearAttnProcessor",
     "ClearConfig",
     "DenseSchedule",
     "FastDiffError",
     "Grid",
+    "NeighborhoodAttnProcessor",
     "NeighborhoodConfig",
+    "ParoAttnProcessor",
     "ParoConfig",
     "RadialAttnProcessor",
     "RadialConfig",
@@ -38,12 +49,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AgentAttnProcessor": "fastdiff.attn_processors",
     "AgentConfig": "fastdiff.methods",
+    "ClearAttnProcessor": "fastdiff.attn_processors",
     "ClearConfig": "fastdiff.methods",
     "DenseSchedule": "fastdiff.schedule",
     "FastDiffError": "fastdiff_kernels",
     "Grid": "fastdiff_kernels",
+    "NeighborhoodAttnProcessor": "fastdiff.attn_processors",
     "NeighborhoodConfig": "fastdiff.methods",
+    "ParoAttnProcessor": "fastdiff.attn_processors",
     "ParoConfig": "fastdiff.methods",
     "RadialAttnProcessor": "fastdiff.attn_processors",
     "RadialConfig": "fastdiff.methods",

@@ -49,8 +49,8 @@ def apply(
     each call, so one `apply` serves every size. A second `apply` replaces the first.
 
     Args:
-        pipe_or_model: A diffusers pipeline (its `transformer` and, if it has one, its `transformer_2`), or such a
-            model alone.
+        pipe_or_model: A diffusers pipeline (its `transformer` and, if it has one, its `transformer_2`, or its
+            `unet`), or such a model alone.
         config: The method and its settings, for example `RadialConfig(decay_factor=0.2)`
             (Radial Attention, arXiv 2506.19852), or the same as a dict, as JSON text or as the path of a JSON file.
         dense_steps: Denoising steps that stay dense: the first n, or a list of indices, negative ones from the end.
@@ -62,8 +62,8 @@ def apply(
         Its first argument.
 
     Raises:
-        InvalidInputError: If a setting is out of range, if `dense_steps` is given without a pipeline, or if another
-            live pipeline shares the model and uses other settings.
+        InvalidInputError: If a setting is out of range, if `dense_steps` or a config that changes with the step is
+            given without a pipeline, or if another live pipeline shares the model and uses other settings.
         UnsupportedError: If the model's family is not described, or cannot supply what the method needs.
     """
     from fastdiff_patches import attachment, locate, marker
@@ -71,7 +71,7 @@ def apply(
     from .methods import planner_for
 
     settings = settings_from(config, dense_steps, dense_layers, backend)
-    pipe = pipeline_of(pipe_or_model, settings.schedule)
+    pipe = pipeline_of(pipe_or_model, settings)
     models = locate.transformers(pipe_or_model)
     planner = planner_for(settings.config)
     # All are built before any is installed: what cannot be done leaves the pipeline as it was.
@@ -136,18 +136,24 @@ def summary(pipe_or_model: Any, grid: Grid | str | None = None, steps: int | Non
     return summarize({name: (model, attachment.find(model)) for name, model in models.items()}, grid, steps)
 
 
-def pipeline_of(pipe_or_model: Any, schedule: DenseSchedule) -> Any | None:
+def pipeline_of(pipe_or_model: Any, settings: Settings) -> Any | None:
     """The pipeline whose scheduler tells the step, None for a bare model.
 
     Raises:
-        InvalidInputError: If there is none and the schedule needs it.
+        InvalidInputError: If there is none and the settings need it.
     """
     if hasattr(pipe_or_model, "scheduler"):
         return pipe_or_model
-    if schedule.uses_steps:
+    name = type(pipe_or_model).__name__
+    if settings.schedule.uses_steps:
         raise InvalidInputError(
-            f"dense_steps is {schedule.steps!r} and {type(pipe_or_model).__name__} has no scheduler to tell the step; "
-            "give the pipeline instead of the model, or leave dense_steps out."
+            f"dense_steps is {settings.schedule.steps!r} and {name} has no scheduler to tell the step; give the "
+            "pipeline instead of the model, or leave dense_steps out."
+        )
+    if settings.config.uses_steps:
+        raise InvalidInputError(
+            f"{settings.config.to_json()} changes with the denoising step and {name} has no scheduler to tell it; give "
+            "the pipeline instead of the model, or settings that are the same in all steps."
         )
     return None
 

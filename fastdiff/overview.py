@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdiff_kernels import FastDiffError, Grid, TokenLayout, choose_backend
+from fastdiff_kernels import FastDiffError, Grid, choose_backend
 
 if TYPE_CHECKING:
-    from fastdiff_patches.attachment import Attachment
+    from fastdiff_patches.attachment import Attachment, Place
+    from fastdiff_patches.processor import Layer
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class LayerSummary:
     """One self-attention layer.
 
     Attributes:
-        density: Computed tiles / (query tokens x key tokens) at the sparse steps, 1.0 if the layer is always dense,
-            None while no grid is known.
+        dense: Whether the layer is dense in every step.
         why: Why the layer is sparse or dense.
+        density: Computed tiles / (query tokens x key tokens), the mean over the steps that the schedule leaves
+            sparse; 1.0 if the layer is always dense, None while no grid is known.
+        grid: The layer's own grid, None while none is known.
     """
 
     index: int
@@ -33,11 +36,12 @@ class LayerSummary:
     dense: bool
     why: str
     density: float | None
+    grid: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """One transformer.
+    """One transformer or UNet.
 
     Attributes:
         component: Its name in the pipeline, or "model".
@@ -46,12 +50,13 @@ class ModelSummary:
         backend: The backend that was asked for.
         runs_on: The backend that will run, on the device where the model is now.
         grids: Grids that have run, newest last.
-        grid: The grid that the densities are for, None if none is known.
+        grid: The model's grid that the densities are for, None if none is known; the layers of a UNet have coarser
+            ones.
         steps: Number of denoising steps that the mean is for, None if not known.
         layers: All self-attention layers.
-        marked: Whether a `RadialAttnProcessor` or its like waits for the first forward.
-        mean_density: Mean over layers and, where their number is known, steps; dense counts as 1. An expert
-            of Wan 2.2 is counted as if it ran all steps.
+        marked: Whether a single processor object waits for the first forward.
+        mean_density: Mean over layers and, where their number is known, steps; dense counts as 1. Layers of unequal
+            grids count by their pairs of tokens. An expert of Wan 2.2 is counted as if it ran all steps.
     """
 
     component: str
@@ -82,7 +87,7 @@ class ModelSummary:
             f"  density   {self._density_text()}",
             "  layers",
         ]
-        return "\n".join(lines + [f"    {text}" for text in _grouped(self.layers)])
+        return "\n".join(lines + [f"    {text}" for text in _grouped(self.layers, self.grid)])
 
     def _density_text(self) -> str:
         if self.mean_density is None:
@@ -123,30 +128,29 @@ def summarize(
 def _one(
     component: str, model: torch.nn.Module, attached: Attachment, grid: Grid | None, steps: int | None
 ) -> ModelSummary:
-    settings, schedule = attached.settings, attached.settings.schedule
-    layout = TokenLayout.self_attention(grid) if grid is not None else next(reversed(attached.seen), None)
+    settings = attached.settings
+    layout = next(reversed(attached.seen), None)
+    if grid is not None:
+        layout = attached.family.forecast(grid, layout)
+    places = {} if layout is None else attached.places(model.config, layout)
     steps = steps or attached.steps_seen
     first = attached.layers[0] if attached.layers else None
-    layers = []
+    layers, means, pairs = [], [], []
     for layer in attached.layers:
-        dense = schedule.is_dense_layer(layer.index, attached.total)
-        why = "named by dense_layers" if dense else f"{settings.config.method}"
-        density = 1.0 if dense else None
-        if not dense and layout is not None:
-            density = attached.plan(layer, layout, None, None, "cpu").density()
-        layers.append(LayerSummary(layer.index, layer.name, layer.heads, layer.head_dim, dense, why, density))
-    dense_steps = sum(schedule.is_dense_step(step, steps) for step in range(steps)) if steps else 0
-    share = dense_steps / steps if steps else 0.0
+        place = places.get(layer.name)
+        found, mean = _layer(attached, layer, place, steps)
+        layers.append(found)
+        means.append(mean)
+        pairs.append(0 if place is None else place.layout.query_tokens * place.layout.key_tokens)
     mean = None
     if layout is not None and layers:
-        sparse = sum(layer.density for layer in layers) / len(layers)
-        mean = share + (1 - share) * sparse
+        mean = sum(mean * count for mean, count in zip(means, pairs, strict=True)) / sum(pairs)
     return ModelSummary(
         component=component,
         model=type(model).__name__,
         family=attached.family.name,
         config=settings.config.to_dict(),
-        schedule=schedule.to_dict(),
+        schedule=settings.schedule.to_dict(),
         backend=settings.backend,
         runs_on=first and _runs_on(settings.backend, next(model.parameters()), first.head_dim),
         grids=tuple(str(seen.grid) for seen in attached.seen),
@@ -157,6 +161,36 @@ def _one(
     )
 
 
+def _layer(
+    attached: Attachment, layer: Layer, place: Place | None, steps: int | None
+) -> tuple[LayerSummary, float | None]:
+    """One layer, and its mean density over all steps."""
+    schedule, config = attached.settings.schedule, attached.settings.config
+    named = schedule.is_dense_layer(layer.index, attached.total)
+    why = "named by dense_layers" if named else place.coarse if place is not None else None
+    grid = None if place is None else str(place.layout.grid)
+
+    def summary(dense: bool, why: str, density: float | None) -> LayerSummary:
+        return LayerSummary(layer.index, layer.name, layer.heads, layer.head_dim, dense, why, density, grid)
+
+    if why is not None:
+        return summary(True, why, 1.0), 1.0
+    if place is None:
+        return summary(False, config.method, None), None
+
+    def planned(step: int | None) -> float | None:
+        plan = attached.plan(layer, place.layout, step, None if step is None else steps, "cpu")
+        return None if plan is None else plan.density()
+
+    open_steps = [step for step in range(steps) if not schedule.is_dense_step(step, steps)] if steps else [None]
+    found = [planned(step) for step in (open_steps if config.uses_steps and open_steps else [None])]
+    if all(density is None for density in found):
+        return summary(True, f"left dense by {config.method}", 1.0), 1.0
+    density = sum(1.0 if density is None else density for density in found) / len(found)
+    share = len(open_steps) / (steps or 1)
+    return summary(False, config.method, density), 1 - share + share * density
+
+
 def _runs_on(backend: str, parameter: torch.Tensor, head_dim: int) -> str:
     try:
         return choose_backend(backend, parameter.device, parameter.dtype, head_dim)
@@ -164,7 +198,7 @@ def _runs_on(backend: str, parameter: torch.Tensor, head_dim: int) -> str:
         return f"none: {error}"
 
 
-def _grouped(layers: tuple[LayerSummary, ...]) -> list[str]:
+def _grouped(layers: tuple[LayerSummary, ...], grid: str | None) -> list[str]:
     """One line for each run of neighbouring layers that differ in nothing but place."""
     lines: list[str] = []
     start = 0
@@ -176,6 +210,7 @@ def _grouped(layers: tuple[LayerSummary, ...]) -> list[str]:
         place = here.name if end - start == 1 else f"{here.name} to {last.name}"
         state = "dense" if here.dense else "sparse"
         density = "density unknown" if here.density is None else f"density {here.density:.3f}"
-        lines.append(f"{place}: {state} ({here.why}), {density}, {here.heads} heads of {here.head_dim}")
+        own = "" if here.grid == grid else f" at {here.grid} tokens"
+        lines.append(f"{place}: {state} ({here.why}), {density}{own}, {here.heads} heads of {here.head_dim}")
         start = end
     return lines

@@ -1,7 +1,8 @@
-"""A planner without kernels for tests of patches: a window of tokens, and a record of what it was asked."""
+"""A planner without kernels for tests of patches: a window of tokens, and a record of what it was asked and given."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,17 +19,32 @@ class FakePlan:
 
 @dataclass(eq=False)
 class FakePlanner:
-    """Each token sees those at most `window` places away; None sees all."""
+    """Each token sees those at most `window` places away; None sees all.
+
+    Args:
+        sparse: (layer, step) -> whether there is a plan; always, left out.
+        merge: `enter` adds the transformer block's input, `leave` subtracts it, both scaled by this.
+        keep_extras: Whether `extras` records those of each attention call.
+    """
 
     window: int | None = 4
     needs: frozenset[str] = frozenset()
+    sparse: Callable[[int, int | None], bool] | None = None
+    merge: float = 0.0
+    keep_extras: bool = True
     asked: list[dict] = field(default_factory=list)
     extras: list = field(default_factory=list)
+    checked: list = field(default_factory=list)
     learned: bool = False
     _plans: dict = field(default_factory=dict)
 
+    def check_model(self, model, layers):
+        self.checked.append((model, layers))
+
     def plan(self, layout, *, layer, step, steps, heads, head_dim, device):
         self.asked.append({"layout": layout, "layer": layer, "step": step, "steps": steps, "heads": heads})
+        if self.sparse is not None and not self.sparse(layer, step):
+            return None
         if layout not in self._plans:
             place = torch.arange(layout.query_tokens)
             near = (place[:, None] - place).abs() <= (layout.query_tokens if self.window is None else self.window)
@@ -36,14 +52,23 @@ class FakePlanner:
         return self._plans[layout]
 
     def parameters(self, *, layer, heads, head_dim):
-        return torch.nn.Linear(2, 2) if self.learned else None
+        return torch.nn.Linear(head_dim, head_dim) if self.learned else None
 
     def attend(self, query, key, value, plan, extras):
-        if not torch.compiler.is_compiling():
+        if self.keep_extras and not torch.compiler.is_compiling():
             self.extras.append(extras)
+        if extras.parameters is not None:
+            value = extras.parameters(value)
         mask = plan.mask if extras.key_mask is None else plan.mask & extras.key_mask[:, None, None]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, mask, scale=extras.scale).transpose(1, 2)
+
+    def enter(self, hidden, plan, extras):
+        extras.inputs["entered"] = hidden
+        return hidden + self.merge * extras.inputs["block_input"]
+
+    def leave(self, out, plan, extras):
+        return out - self.merge * extras.inputs["entered"]
 
     def steps_asked(self) -> list[int | None]:
         """The step of each forward that was sparse in layer 0 of some model."""

@@ -6,15 +6,15 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastdiff_kernels import TokenLayout, UnsupportedError
 
-from . import seam
+from . import needs, seam
 from .families import Family, family_of
 from .locate import self_attention, unwrap
 from .planner import Plan, Planner, Schedule
@@ -23,6 +23,13 @@ from .steps import StepReader
 
 _logger = logging.getLogger("fastdiff")
 _SEEN_LIMIT = 8
+
+
+class Place(NamedTuple):
+    """Where a layer stands in a forward: its own layout, and why it is dense there under every method, or None."""
+
+    layout: TokenLayout
+    coarse: str | None
 
 
 @dataclass(eq=False)
@@ -35,10 +42,18 @@ class Binding:
     adopted: Any
     layer: Layer
     placed: bool = False
+    hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def stands(self) -> bool:
         """Whether the module holds our processor."""
         return self.module.processor is self.adopted
+
+    def prepare(self, model: nn.Module, query_norms: tuple[str, ...]) -> None:
+        """Gives the module what the method learns in it, and the hooks that the method needs."""
+        if self.layer.parameters is not None:
+            _move_to(self.layer.parameters, self.module)
+            self.module.add_module("fastdiff", self.layer.parameters)
+        self.hooks = needs.install(model, self.module, self.layer, query_norms)
 
     def place(self) -> None:
         self.module.processor, self.placed = self.adopted, True
@@ -50,6 +65,9 @@ class Binding:
             self.module.processor = self.original
         if self.layer.parameters is not None and getattr(self.module, "fastdiff", None) is self.layer.parameters:
             del self.module.fastdiff
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
         self.layer.retire()
 
 
@@ -63,7 +81,7 @@ class Attachment:
     Attributes:
         settings: What the floor above wants back from `find(model)`; not looked at here.
         total: Number of self-attention modules of the model.
-        seen: The last layouts that ran, newest last.
+        seen: The last layouts of the model that ran, newest last, each with the places of its layers by name.
         steps_seen: Number of steps of the last denoising run, or None.
     """
 
@@ -88,15 +106,18 @@ class Attachment:
         modules = self_attention(model, self.family)
         self.total = len(modules)
         schedule.check_layers(self.total)
+        planner.check_model(model, list(modules))
         current = find(model)
         before = {b.module: b.original for b in current.bindings if b.stands()} if current is not None else {}
         self.bindings: list[Binding] = []
         for index, (name, module) in enumerate(modules.items()):
-            layer = Layer(index, name, *self.family.heads(module), planner, backend)
+            layer = Layer(index, name, *self.family.heads(module), planner, backend, self.family)
             original = before.get(module, seam.stock(module.processor))
             self.bindings.append(Binding(name, module, original, seam.adopt(original, layer), layer))
-        self.seen: dict[TokenLayout, None] = {}
+        self.seen: dict[TokenLayout, dict[str, Place]] = {}
         self.steps_seen: int | None = None
+        self.seed: torch.Tensor | None = None
+        self._run: tuple[Any, int | None] = (None, None)
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     @property
@@ -115,8 +136,7 @@ class Attachment:
         if current is not None:
             current.remove()
         for binding in self.bindings:
-            if binding.layer.parameters is not None:
-                binding.module.add_module("fastdiff", binding.layer.parameters)
+            binding.prepare(model, self.family.query_norms)
         self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
 
     def install(self, model: nn.Module) -> None:
@@ -147,20 +167,36 @@ class Attachment:
         layout = self.family.layout(model.config, inputs)
         step, steps = self.steps.read(inputs.get("timestep"))
         self.steps_seen = steps or self.steps_seen
-        self.seen.pop(layout, None)
-        self.seen[layout] = None
+        places = self.seen[layout] = self.seen.pop(layout, None) or self.places(model.config, layout)
         if len(self.seen) > _SEEN_LIMIT:
             del self.seen[next(iter(self.seen))]
-        device = inputs[self.family.latents].device
+        latents = inputs[self.family.latents]
+        self._draw_seed(latents, step)
         for binding in self.bindings:
             if binding.placed:
-                dense = self.schedule.is_dense(step, steps, binding.layer.index, self.total)
-                binding.layer.prepare(None if dense else self.plan(binding.layer, layout, step, steps, device))
+                layer, place = binding.layer, places[binding.name]
+                dense = place.coarse is not None or self.schedule.is_dense(step, steps, layer.index, self.total)
+                plan = None if dense else self.plan(layer, place.layout, step, steps, latents.device)
+                layer.prepare(plan, self.seed)
+
+    def places(self, config: Any, layout: TokenLayout) -> dict[str, Place]:
+        """Where each layer stands in a forward of the model's layout, by name.
+
+        Layers with fewer than a quarter of the tokens of the finest layer stay dense: they cost next to nothing,
+        and a pixel there stands for much of the picture.
+        """
+        layouts = {layer.name: self.family.at(config, layout, layer.name) for layer in self.layers}
+        finest = max(own.query_tokens for own in layouts.values())
+
+        def coarse(tokens: int) -> str | None:
+            return f"coarse level: {tokens} tokens" if 4 * tokens < finest else None
+
+        return {name: Place(own, coarse(own.query_tokens)) for name, own in layouts.items()}
 
     def plan(
         self, layer: Layer, layout: TokenLayout, step: int | None, steps: int | None, device: torch.device | str
-    ) -> Plan:
-        """What the planner makes of one layer."""
+    ) -> Plan | None:
+        """What the planner makes of one layer, whose layout is its own; None for dense."""
         # A plan is cached and may serve a training step later, whose backward refuses tensors of inference mode.
         with torch.inference_mode(False):
             return self.planner.plan(
@@ -172,6 +208,16 @@ class Attachment:
                 head_dim=layer.head_dim,
                 device=torch.device(device),
             )
+
+    def _draw_seed(self, latents: torch.Tensor, step: int | None) -> None:
+        """Draws the seed where a run begins; outside a run each forward is one."""
+        if "seed" not in self.planner.needs:
+            return
+        run, (last_run, last_step) = self.steps.run(), self._run
+        if step is None or last_step is None or run is not last_run or step < last_step:
+            with torch.inference_mode(False):
+                self.seed = needs.seed_of(latents)
+        self._run = run, step
 
     def _follow(self, model: nn.Module) -> None:
         """Sees which modules hold our processors: users set others, and some of diffusers' calls do so too."""
@@ -195,6 +241,14 @@ class Attachment:
         )
         if not self.bindings:
             self.remove()
+
+
+def _move_to(parameters: nn.Module, module: nn.Module) -> None:
+    """Moves parameters to where a module's own are, in the dtype it computes in."""
+    own = [parameter for parameter in module.parameters() if parameter.device.type != "meta"]
+    # Quantised and float8 weights are storage and no dtype to compute in.
+    dtypes = [parameter.dtype for parameter in own if parameter.is_floating_point() and parameter.itemsize > 1]
+    parameters.to(device=own[0].device if own else None, dtype=dtypes[0] if dtypes else None)
 
 
 def find(model: nn.Module) -> Attachment | None:

@@ -10,7 +10,7 @@ from fastdiff_kernels import InvalidInputError, UnsupportedError
 
 from .families import Family
 
-COMPONENTS = ("transformer", "transformer_2")
+COMPONENTS = ("transformer", "transformer_2", "unet")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -22,7 +22,7 @@ def transformers(pipe_or_model: Any) -> dict[str, nn.Module]:
     """The models to patch, by component name; a bare model is named "model".
 
     Raises:
-        InvalidInputError: If this is neither a model nor a pipeline with a transformer.
+        InvalidInputError: If this is neither a model nor a pipeline with one.
     """
     if isinstance(pipe_or_model, nn.Module):
         return {"model": unwrap(pipe_or_model)}
@@ -44,7 +44,12 @@ def self_attention(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     """
     # Blocks that were compiled one by one carry the wrapper's name in their own.
     named = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
-    found = {name: module for name, module in named if family.modules.fullmatch(name)}
+    # Some UNets look at the text alone where others look at themselves.
+    found = {
+        name: module
+        for name, module in named
+        if family.modules.fullmatch(name) and not getattr(module, "is_cross_attention", False)
+    }
     if not found:
         raise UnsupportedError(
             f"this {type(model).__name__} has no module named like {family.modules.pattern!r}; family "

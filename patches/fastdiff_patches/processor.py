@@ -10,6 +10,7 @@ import torch
 
 from fastdiff_kernels import InvalidInputError, UnsupportedError
 
+from .families import Family
 from .planner import Extras, Plan, Planner
 
 _logger = logging.getLogger("fastdiff")
@@ -29,13 +30,26 @@ class Layer:
         ready: Whether the pre-hook has prepared this layer for the running forward.
         active: Whether the running forward is sparse here.
         plan: What to compute when it is.
+        seed: The run's number, for a planner that needs it.
+        block_input: What the transformer block was just called with, likewise.
     """
 
-    def __init__(self, index: int, name: str, heads: int, head_dim: int, planner: Planner, backend: str):
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        heads: int,
+        head_dim: int,
+        planner: Planner,
+        backend: str,
+        family: Family | None = None,
+    ):
         self.index, self.name, self.heads, self.head_dim = index, name, heads, head_dim
-        self.planner, self.backend = planner, backend
+        self.planner, self.backend, self.family = planner, backend, family
         self.parameters = planner.parameters(layer=index, heads=heads, head_dim=head_dim)
         self.plan: Plan | None = None
+        self.seed: torch.Tensor | None = None
+        self.block_input: torch.Tensor | None = None
         self.ready = self.active = False
         self.reached = self.warned = False
 
@@ -47,11 +61,11 @@ class Layer:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plan": None, "ready": False, "active": False}
+        return {**self.__dict__, "plan": None, "block_input": None, "ready": False, "active": False}
 
-    def prepare(self, plan: Plan | None) -> None:
+    def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None) -> None:
         """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
-        self.plan, self.active, self.ready = plan, plan is not None, True
+        self.plan, self.active, self.ready, self.seed = plan, plan is not None, True, seed
 
     def retire(self) -> None:
         """Unbinds the layer: a processor that still holds it raises when it is called."""
@@ -81,6 +95,42 @@ class Layer:
                 type(processor).__name__,
             )
 
+    def gathers(self) -> bool:
+        """Whether the running call must collect what the planner needs."""
+        return self.active and bool(self.planner.needs)
+
+    def gather(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the planner needs and is known before the processor runs, from the processor's arguments by name."""
+        needs, inputs = self.planner.needs, {}
+        if "rotary" in needs:
+            inputs["rotary"] = self.family.rotary(arguments)
+        if "seed" in needs:
+            inputs["seed"] = self.seed
+        if "block_input" in needs:
+            if self.block_input is None:
+                raise InvalidInputError(
+                    f"{self.name} was called outside its transformer block, whose input the method needs; call the "
+                    "block or the whole model."
+                )
+            inputs["attention"], inputs["block_input"] = arguments["attn"], self.block_input
+            self.block_input = None
+        return inputs
+
+    def enter(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """What the processor gets instead of its hidden states."""
+        if "block_input" not in self.planner.needs:
+            return hidden
+        return self.planner.enter(hidden, self.plan, self._extras(inputs))
+
+    def leave(self, out: Any, inputs: dict[str, Any]) -> Any:
+        """What the block gets instead of the processor's output."""
+        if "block_input" not in self.planner.needs:
+            return out
+        return self.planner.leave(out, self.plan, self._extras(inputs))
+
+    def _extras(self, inputs: dict[str, Any], scale: float | None = None, key_mask: Any = None) -> Extras:
+        return Extras(scale, key_mask, self.backend, self.parameters, inputs)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -91,8 +141,11 @@ class Layer:
         causal: bool,
         scale: float | None,
         parallel: Any,
+        inputs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """The sparse attention of this layer, all tensors `[batch, tokens, heads, head_dim]`.
+
+        `inputs` is what `gather` and the hooks have collected for this call.
 
         Raises:
             UnsupportedError: If the call asks for what the sparse path cannot do.
@@ -110,8 +163,25 @@ class Layer:
                 f"and {key.shape[2]} key heads; sparse attention takes no causal flag, no dropout and equal heads. "
                 "Keep these layers dense with dense_layers=."
             )
-        extras = Extras(scale, _key_mask(mask, key), self.backend, self.parameters, {})
-        return self.planner.attend(query, key, value, self.plan, extras)
+        inputs = {} if inputs is None else inputs
+        if "pre_rope_query" in self.planner.needs:
+            inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
+        return self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, _key_mask(mask, key)))
+
+    def _query_before_rope(self, query: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        norms = self.family.query_norms
+        if not norms:
+            return query
+        parts = [inputs.pop(name) for name in norms if name in inputs]
+        # Norms across heads see them side by side.
+        parts = [part.unflatten(-1, (query.shape[2], -1)) if part.ndim == 3 else part for part in parts]
+        tokens = sum(part.shape[1] for part in parts)
+        if tokens != query.shape[1]:
+            raise UnsupportedError(
+                f"the method needs the query before RoPE, and {self.name} gave that of {tokens} of {query.shape[1]} "
+                f"tokens: its processor does not call all of {', '.join(norms)}. Set the model's own processors first."
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _key_mask(mask: Any, key: torch.Tensor) -> torch.Tensor | None:

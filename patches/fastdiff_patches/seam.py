@@ -33,16 +33,31 @@ class Layer(Protocol):
 
     def left(self, processor: Any) -> None: ...
 
-    def attend(self, query, key, value, mask, dropout, causal, scale, parallel) -> torch.Tensor: ...
+    def gathers(self) -> bool: ...
+
+    def gather(self, arguments: dict[str, Any]) -> dict[str, Any]: ...
+
+    def enter(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor: ...
+
+    def leave(self, out: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor: ...
+
+    def attend(self, query, key, value, mask, dropout, causal, scale, parallel, inputs) -> torch.Tensor: ...
 
 
 class _Here(threading.local):
     # Set inside the processor's call and not by a context variable: torch.compile cannot trace those, and
     # checkpointed blocks run again in autograd's own threads.
     layer: Layer | None = None
+    inputs: dict[str, Any] | None = None
 
 
 _here = _Here()
+
+
+def keep(name: str, value: torch.Tensor) -> None:
+    """Keeps a value among the inputs of the attention call that is running, if that one gathers any."""
+    if _here.inputs is not None:
+        _here.inputs[name] = value
 
 
 def _dispatch(
@@ -60,8 +75,9 @@ def _dispatch(
     parallel_config=None,
 ):
     layer = _here.layer
-    if layer is not None and layer.sparse():
-        return layer.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config)
+    # IP-adapters attend to their own keys in the same processor.
+    if layer is not None and query.shape[1] == key.shape[1] and layer.sparse():
+        return layer.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config, _here.inputs)
     return attention_dispatch.dispatch_attention_fn(
         query,
         key,
@@ -79,9 +95,9 @@ def _dispatch(
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     layer = _here.layer
-    if layer is not None and layer.sparse():
+    if layer is not None and query.shape[2] == key.shape[2] and layer.sparse():
         natural = (x.transpose(1, 2) for x in (query, key, value))
-        return layer.attend(*natural, attn_mask, dropout_p, is_causal, scale, None).transpose(1, 2)
+        return layer.attend(*natural, attn_mask, dropout_p, is_causal, scale, None, _here.inputs).transpose(1, 2)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -132,6 +148,7 @@ def _adopted_class(cls: type) -> type:
         shadow = _shadow(sys.modules[call.__module__])
         same = types.FunctionType(code, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__)
         same.__kwdefaults__ = call.__kwdefaults__
+        names = tuple(inspect.signature(call).parameters)[1:]
 
         def __call__(self, *args, **kwargs):
             layer = self._fastdiff
@@ -139,11 +156,17 @@ def _adopted_class(cls: type) -> type:
                 return same(self, *args, **kwargs)
             if not torch.compiler.is_compiling():
                 layer.entered()
-            outer, _here.layer = _here.layer, layer
+            inputs = layer.gather({**dict(zip(names, args, strict=False)), **kwargs}) if layer.gathers() else None
+            outer = _here.layer, _here.inputs
+            _here.layer, _here.inputs = layer, inputs
             try:
+                if inputs is not None:
+                    args = (args[0], layer.enter(args[1], inputs), *args[2:])
                 out = same(self, *args, **kwargs)
+                if inputs is not None:
+                    out = layer.leave(out, inputs)
             finally:
-                _here.layer = outer
+                _here.layer, _here.inputs = outer
             if not torch.compiler.is_compiling():
                 layer.left(self)
             return out

@@ -63,6 +63,10 @@ class StepReader:
             self._scheduler = scheduler
         return self._scheduler
 
+    def run(self) -> Any | None:
+        """An object that stands for the denoising run: each run has its own list of timesteps. None without one."""
+        return getattr(self.scheduler(), "timesteps", None)
+
     def read(self, timestep: torch.Tensor | float | None) -> tuple[int | None, int | None]:
         """The current step and the number of steps; (None, None) outside a denoising run.
 
