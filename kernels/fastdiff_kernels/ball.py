@@ -27,8 +27,9 @@ def choose_order(rule: Rule, grid: Grid, block: int, other_blocks: int = 0) -> G
         other_blocks: Blocks of text and the like, query and key side together, that each block of the grid meets.
     """
     powers = [1 << n for n in range(block.bit_length())]
-    tiles = [(t, y, block // (t * y)) for t in powers for y in powers if t * y <= block]
-    # Thin tiles never win, except where the grid itself is thin, and then a longer tile is all padding.
+    # A tile twice as long as the grid is half padding, whatever the rule.
+    ts, ys = ([n for n in powers if n < 2 * length] for length in (grid.frames, grid.height))
+    tiles = [(t, y, block // (t * y)) for t in ts for y in ys if t * y <= block]
     costs = {tile: _box_tiles(rule, grid, tile, other_blocks) for tile in tiles}
     best = min(tiles, key=lambda tile: (costs[tile], max(tile)))
     order, cost = box_tiles_order(best), costs[best]
