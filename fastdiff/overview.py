@@ -128,67 +128,79 @@ def summarize(
 def _one(
     component: str, model: torch.nn.Module, attached: Attachment, grid: Grid | None, steps: int | None
 ) -> ModelSummary:
-    settings = attached.settings
+    settings, schedule = attached.settings, attached.settings.schedule
     layout = next(reversed(attached.seen), None)
     if grid is not None:
         layout = attached.family.forecast(grid, layout)
     places = {} if layout is None else attached.places(model.config, layout)
     steps = steps or attached.steps_seen
     first = attached.layers[0] if attached.layers else None
-    layers, means, pairs = [], [], []
-    for layer in attached.layers:
-        place = places.get(layer.name)
-        found, mean = _layer(attached, layer, place, steps)
-        layers.append(found)
-        means.append(mean)
-        pairs.append(0 if place is None else place.layout.query_tokens * place.layout.key_tokens)
+    open_steps = [step for step in range(steps) if not schedule.is_dense_step(step, steps)] if steps else [None]
+    densities = _densities(attached, places, open_steps, steps)
+    layers = tuple(_layer(attached, layer, places, densities) for layer in attached.layers)
     mean = None
-    if layout is not None and layers:
-        mean = sum(mean * count for mean, count in zip(means, pairs, strict=True)) / sum(pairs)
+    if layers and places:
+        pairs = [place.layout.query_tokens * place.layout.key_tokens for place in places.values()]
+        computed = sum(
+            count * (1.0 if layer.dense else 1 + len(open_steps) / (steps or 1) * (layer.density - 1))
+            for count, layer in zip(pairs, layers, strict=True)
+        )
+        mean = computed / sum(pairs)
     return ModelSummary(
         component=component,
         model=type(model).__name__,
         family=attached.family.name,
         config=settings.config.to_dict(),
-        schedule=settings.schedule.to_dict(),
+        schedule=schedule.to_dict(),
         backend=settings.backend,
         runs_on=first and _runs_on(settings.backend, next(model.parameters()), first.head_dim),
         grids=tuple(str(seen.grid) for seen in attached.seen),
         grid=None if layout is None else str(layout.grid),
         steps=steps,
-        layers=tuple(layers),
+        layers=layers,
         mean_density=mean,
     )
 
 
+def _densities(
+    attached: Attachment, places: Mapping[str, Place], open_steps: list[int | None], steps: int | None
+) -> dict[str, list[float | None]]:
+    """For each layer that may be sparse its density in each step that counts, None where the method is dense."""
+    asked = open_steps if attached.settings.config.uses_steps and open_steps else [None]
+    found: dict[str, list[float | None]] = {}
+    # In the order of a run: step by step, and each step layer by layer.
+    for step in asked:
+        for layer in attached.layers:
+            place = places.get(layer.name)
+            if place is None or _reason(attached, layer, place) is not None:
+                continue
+            plan = attached.plan(layer, place.layout, step, None if step is None else steps, "cpu")
+            found.setdefault(layer.name, []).append(None if plan is None else plan.density())
+    return found
+
+
+def _reason(attached: Attachment, layer: Layer, place: Place | None) -> str | None:
+    """Why a layer is dense whatever the method says."""
+    if attached.settings.schedule.is_dense_layer(layer.index, attached.total):
+        return "named by dense_layers"
+    return None if place is None else place.coarse
+
+
 def _layer(
-    attached: Attachment, layer: Layer, place: Place | None, steps: int | None
-) -> tuple[LayerSummary, float | None]:
-    """One layer, and its mean density over all steps."""
-    schedule, config = attached.settings.schedule, attached.settings.config
-    named = schedule.is_dense_layer(layer.index, attached.total)
-    why = "named by dense_layers" if named else place.coarse if place is not None else None
-    grid = None if place is None else str(place.layout.grid)
-
-    def summary(dense: bool, why: str, density: float | None) -> LayerSummary:
-        return LayerSummary(layer.index, layer.name, layer.heads, layer.head_dim, dense, why, density, grid)
-
+    attached: Attachment, layer: Layer, places: Mapping[str, Place], densities: Mapping[str, list[float | None]]
+) -> LayerSummary:
+    method = attached.settings.config.method
+    place, found = places.get(layer.name), densities.get(layer.name)
+    why, density = _reason(attached, layer, place), None
+    if found is not None and all(step is None for step in found):
+        why = f"left dense by {method}"
     if why is not None:
-        return summary(True, why, 1.0), 1.0
-    if place is None:
-        return summary(False, config.method, None), None
-
-    def planned(step: int | None) -> float | None:
-        plan = attached.plan(layer, place.layout, step, None if step is None else steps, "cpu")
-        return None if plan is None else plan.density()
-
-    open_steps = [step for step in range(steps) if not schedule.is_dense_step(step, steps)] if steps else [None]
-    found = [planned(step) for step in (open_steps if config.uses_steps and open_steps else [None])]
-    if all(density is None for density in found):
-        return summary(True, f"left dense by {config.method}", 1.0), 1.0
-    density = sum(1.0 if density is None else density for density in found) / len(found)
-    share = len(open_steps) / (steps or 1)
-    return summary(False, config.method, density), 1 - share + share * density
+        density = 1.0
+    elif found is not None:
+        density = sum(1.0 if step is None else step for step in found) / len(found)
+    grid = None if place is None else str(place.layout.grid)
+    known = (layer.index, layer.name, layer.heads, layer.head_dim)
+    return LayerSummary(*known, why is not None, why or method, density, grid)
 
 
 def _runs_on(backend: str, parameter: torch.Tensor, head_dim: int) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
 
 from .image_ids import image_spans
+from .planner import NEEDS
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
@@ -111,7 +112,7 @@ _WAN = Family(
     "wan",
     re.compile(r"blocks\.\d+\.attn1"),
     _patched_video,
-    supplies=frozenset({"pre_rope_query", "rotary", "seed"}),
+    supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
     rotary=_wan_rotary,
 )
@@ -161,7 +162,8 @@ _FLUX = Family(
     text=_flux_text,
     references=_flux_references,
     usual_text=(512, 0),
-    supplies=frozenset({"pre_rope_query", "rotary", "seed"}),
+    # Its blocks take text and picture apart, or one behind the other.
+    supplies=frozenset(NEEDS) - {"block_input"},
     query_norms=("norm_added_q", "norm_q"),
     rotary=_flux_rotary,
 )
@@ -195,7 +197,7 @@ _UNET = Family(
     _picture,
     at=_unet_level,
     latents="sample",
-    supplies=frozenset({"pre_rope_query", "rotary", "block_input", "seed"}),
+    supplies=frozenset(NEEDS),
 )
 
 
