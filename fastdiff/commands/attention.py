@@ -101,18 +101,22 @@ def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> Sparse
 
     whole = TokenLayout.self_attention(job.grid, text_before=job.text_tokens)
     scores, sparse, computed, all_scores = 0, 0.0, 0.0, 0
+    densities: dict[Any, float] = {None: 1.0}
     for model in locate.transformers(pipe).values():
         attached = attachment.find(model)
-        for layer in attached.layers:
-            layout = attached.family.at(model.config, whole, layer.name)
-            size = layout.query_tokens * layout.key_tokens
-            for step in range(job.steps):
-                dense = attached.schedule.is_dense(step, job.steps, layer.index, attached.total)
-                plan = None if dense else attached.plan(layer, whole, step, job.steps, "cpu")
-                density = 1.0 if plan is None else plan.density()
-                computed, all_scores = computed + size * density, all_scores + size
+        places = attached.places(model.config, whole)
+        # Step by step and in the order of the layers, as in a run.
+        for step in range(job.steps):
+            for layer in attached.layers:
+                layout, coarse = places[layer.name]
+                dense = coarse or attached.schedule.is_dense(step, job.steps, layer.index, attached.total)
+                plan = None if dense else attached.plan(layer, layout, step, job.steps, pipe.device)
+                size = layout.query_tokens * layout.key_tokens
+                if plan not in densities:
+                    densities[plan] = plan.density()
+                computed, all_scores = computed + size * densities[plan], all_scores + size
                 if plan is not None:
-                    sparse, scores = sparse + size * density, scores + size
+                    sparse, scores = sparse + size * densities[plan], scores + size
     return SparseAttention(
         config,
         attached.planner,

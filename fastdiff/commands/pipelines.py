@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -122,27 +123,40 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Any:
     """
     import diffusers
     import torch
-    import transformers
 
-    # One bar of our own instead of one for each component.
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    _quieten()
     # diffusers 0.40 renamed the argument.
     name = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
     try:
-        # Video VAEs lose visible detail in half precision and cost little in float32.
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **{name: {"default": dtype, "vae": torch.float32}})
+        kind = getattr(diffusers, diffusers.DiffusionPipeline.load_config(source)["_class_name"])
+        # Video VAEs lose visible detail in half precision and cost little in float32. Picture pipelines hand their
+        # VAE latents of the model's type, and it has to be of the same.
+        vae = torch.float32 if sizes.makes_video(kind) else dtype
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **{name: {"default": dtype, "vae": vae}})
     except Exception as error:
         # Broken files raise whatever their reader likes (SafetensorError derives from Exception alone).
         if is_out_of_memory(error):
             raise
         raise InvalidInputError(_why_not_loaded(source, error)) from error
     sizes.check_pipeline(source, pipe)
-    if not sizes.makes_video(pipe):
-        # Video pipelines hand their VAE its own type, picture pipelines that of their latents.
-        pipe.vae.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _quieten() -> None:
+    import diffusers
+    import transformers
+
+    # One bar of our own instead of one for each component.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # Text to picture needs no torchvision, but the modules that these pipelines import complain that it is not there.
+    for handler in transformers.utils.logging.get_logger("transformers").handlers:
+        handler.addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return "torchvision" not in record.getMessage()
 
 
 def _why_not_loaded(source: str, error: Exception) -> str:
