@@ -20,6 +20,9 @@ if TYPE_CHECKING:
         RadialAttnProcessor,
         processors,
     )
+    from .calibration import calibrate
+    from .clear_weights import load_clear_weights
+    from .highres import HighResolution, high_resolution
     from .methods import AgentConfig, ClearConfig, NeighborhoodConfig, ParoConfig, RadialConfig, load_config
     from .schedule import DenseSchedule
 
@@ -33,6 +36,7 @@ __all__ = [
     "DenseSchedule",
     "FastDiffError",
     "Grid",
+    "HighResolution",
     "NeighborhoodAttnProcessor",
     "NeighborhoodConfig",
     "ParoAttnProcessor",
@@ -42,6 +46,7 @@ __all__ = [
     "TokenLayout",
     "__version__",
     "apply",
+    "calibrate",
     "load_config",
     "processors",
     "remove",
@@ -56,6 +61,7 @@ _HOMES = {
     "DenseSchedule": "fastdiff.schedule",
     "FastDiffError": "fastdiff_kernels",
     "Grid": "fastdiff_kernels",
+    "HighResolution": "fastdiff.highres",
     "NeighborhoodAttnProcessor": "fastdiff.attn_processors",
     "NeighborhoodConfig": "fastdiff.methods",
     "ParoAttnProcessor": "fastdiff.attn_processors",
@@ -64,6 +70,9 @@ _HOMES = {
     "RadialConfig": "fastdiff.methods",
     "TokenLayout": "fastdiff_kernels",
     "apply": "fastdiff.api",
+    "calibrate": "fastdiff.calibration",
+    "high_resolution": "fastdiff.highres",
+    "load_clear_weights": "fastdiff.clear_weights",
     "load_config": "fastdiff.methods",
     "processors": "fastdiff.attn_processors",
     "remove": "fastdiff.api",
