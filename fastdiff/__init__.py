@@ -47,6 +47,8 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "high_resolution",
+    "load_clear_weights",
     "load_config",
     "processors",
     "remove",
