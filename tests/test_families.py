@@ -1,78 +1,184 @@
 """Every family row against its model: which modules, which grid, in which order the tokens stand."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
+from fake_planner import FakePlanner
 from tiny_models import model_inputs, tiny_wan
+from tiny_picture_models import flux_inputs, image_ids, tiny_flux, tiny_unet, unet_inputs
 
+import fastdiff
 from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError
-from fastdiff_patches import families, locate
+from fastdiff_patches import families, locate, seam
+from fastdiff_patches.attachment import find
+from fastdiff_patches.image_ids import image_spans
+from fastdiff_patches.processor import Layer
 
 torch.set_num_threads(1)
 
-# A new family adds its line: class name -> (builds a model, its forward arguments for a size of latents).
-MODELS = {
-    "WanTransformer3DModel": (lambda: tiny_wan(layers=2), lambda **size: model_inputs(**size)),
-    "WanTransformer3DModel, image to video": (
+VIDEOS = ((3, 3, 5), (1, 1, 2), (2, 5, 4))
+PICTURES = ((1, 5, 7), (1, 9, 4), (1, 8, 8))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its arguments for (frames, height, width) tokens, and what moves the token of a place in them."""
+
+    build: Callable
+    arguments: Callable
+    move: Callable
+    grids: tuple[tuple[int, int, int], ...]
+
+
+def wan_inputs(frames, height, width, **more):
+    return model_inputs(frames=frames, height=2 * height, width=2 * width, **more)
+
+
+def move_wan(inputs, frame, row, column):
+    inputs["hidden_states"][:, :, frame, 2 * row + 1, 2 * column] += 1
+
+
+def move_flux(inputs, *place):
+    inputs["hidden_states"][:, (inputs["img_ids"] == torch.tensor(place)).all(1)] += 1
+
+
+def move_unet(inputs, frame, row, column):
+    inputs["sample"][:, :, row, column] += 1
+
+
+# A new family adds its line.
+CASES = {
+    "WanTransformer3DModel": Case(lambda: tiny_wan(layers=2), wan_inputs, move_wan, VIDEOS),
+    "WanTransformer3DModel, image to video": Case(
         lambda: tiny_wan(layers=1, in_channels=12, image_dim=8, added_kv_proj_dim=32),
-        lambda **size: model_inputs(
+        lambda *grid: wan_inputs(
+            *grid,
             channels=12,
             encoder_hidden_states=torch.zeros(1, 512, 32),
             encoder_hidden_states_image=torch.zeros(1, 4, 8),
-            **size,
         ),
+        move_wan,
+        VIDEOS,
+    ),
+    "FluxTransformer2DModel": Case(
+        lambda: tiny_flux(layers=2, single_layers=2),
+        lambda frames, *grid: flux_inputs(*grid),
+        move_flux,
+        PICTURES,
+    ),
+    "FluxTransformer2DModel, Kontext": Case(
+        tiny_flux,
+        lambda frames, *grid: flux_inputs(*grid, reference=(grid[0] + 1, 3)),
+        move_flux,
+        PICTURES,
+    ),
+    "UNet2DConditionModel": Case(
+        tiny_unet, lambda frames, *grid: unet_inputs(*grid), move_unet, ((1, 9, 13), (1, 8, 5), (1, 5, 5))
+    ),
+    "UNet2DConditionModel, two levels": Case(
+        lambda: tiny_unet(levels=2), lambda frames, *grid: unet_inputs(*grid), move_unet, ((1, 7, 5),)
     ),
 }
+PAIRS = [(name, grid) for name, case in CASES.items() for grid in case.grids]
 
 
 def test_every_row_has_a_model_here():
-    assert {name.split(",")[0] for name in MODELS} == set(families.FAMILIES)
+    assert {name.split(",")[0] for name in CASES} == set(families.FAMILIES)
 
 
-def values_without_attention(model, modules, inputs) -> list[torch.Tensor]:
-    """The values of each self-attention call when no token sees another, `[tokens, channels]` each."""
-    seen = []
-    originals = {module: module.processor for module in model.modules() if hasattr(module, "processor")}
+def run(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
 
-    class Zero:
-        def __call__(self, attn, hidden_states, *args, **kwargs):
-            if attn in modules:
-                seen.append(attn.to_v(hidden_states)[0])
-            return torch.zeros_like(hidden_states)
 
+class Recorder(FakePlanner):
+    """Keeps the values of each call, `[tokens, channels]`, and lets no token see another."""
+
+    def attend(self, query, key, value, plan, extras):
+        self.extras.append(value[0].flatten(1))
+        return torch.zeros_like(query)
+
+
+def values(model, inputs) -> dict[str, torch.Tensor]:
+    """The values that each self-attention call of the model's own processors gets, by the name of the module."""
+    modules = locate.self_attention(model, families.family_of(model))
+    originals = {module: module.processor for module in modules.values()}
+    found = {name: [] for name in modules}
     try:
-        for module in originals:
-            module.processor = Zero()
-        with torch.no_grad():
-            model(**inputs)
+        for name, module in modules.items():
+            layer = Layer(0, name, 1, 1, Recorder(extras=found[name]), "auto")
+            layer.prepare(object())
+            module.processor = seam.adopt(module.processor, layer)
+        run(model, inputs)
     finally:
         for module, processor in originals.items():
             module.processor = processor
-    return seen
+    return {name: calls[0] for name, calls in found.items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("place", [(0, 0, 0), (1, 3, 9), (2, 5, 4), (2, 0, 1)], ids=str)
-def test_the_layout_by_perturbation(name, place):
-    """One latent pixel is moved: exactly the token that the grid names must change, in every attention call."""
+def without_neighbours(model):
+    """Convolutions see their own pixel only, and nothing is normalised over pixels."""
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+            own = torch.zeros(3, 3)
+            own[1, 1] = 1
+            module.weight.data *= own
+        for name, part in list(module.named_children()):
+            if isinstance(part, torch.nn.GroupNorm):
+                setattr(module, name, torch.nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
+def test_the_layout_by_perturbation(name, grid):
+    """One place is moved in the inputs: the token that the layout names must change in every attention call.
+
+    In transformers it alone changes. In a UNet the pixels change that a token of a coarser level stands for.
+    """
     torch.manual_seed(0)
-    build, arguments = MODELS[name]
-    model, inputs = build(), arguments(frames=3, height=6, width=10)
-    family = families.family_of(model)
-    layout = family.layout(model.config, inputs)
-    modules = list(locate.self_attention(model, family).values())
-    before = values_without_attention(model, modules, inputs)
-    moved = inputs | {family.latents: inputs[family.latents].clone()}
-    moved[family.latents][:, :, place[0], place[1], place[2]] += 1
-    after = values_without_attention(model, modules, moved)
+    case = CASES[name]
+    model = without_neighbours(case.build())
+    family, inputs = families.family_of(model), case.arguments(*grid)
+    whole = family.layout(model.config, inputs)
+    assert whole.grid == Grid(*grid)
+    before = values(model, inputs)
+    # Of the pixels of a UNet, those with multiples of 4 for row and column are there on all levels.
+    last = [(size - 1) // 4 * 4 if family.name == "unet" else size - 1 for size in grid]
+    for place in {(0, 0, 0), tuple(last), (0, 0, last[2])}:
+        moved = inputs | {family.latents: inputs[family.latents].clone()}
+        case.move(moved, *place)
+        after = values(model, moved)
+        for module, old in before.items():
+            layout = family.at(model.config, whole, module)
+            assert len(old) == layout.key_tokens
+            changed = (old - after[module]).abs().amax(1).nonzero().flatten().tolist()
+            scale = next(s for s in (1, 2, 4) if layout.grid.height == -(-grid[1] // s))
+            start = 0 if layout.query[0].kind == "grid" else layout.query[0].tokens
+            token = (place[0] * layout.grid.height + place[1] // scale) * layout.grid.width + place[2] // scale
+            assert start + token in changed
+            if family.name != "unet":
+                assert len(changed) == 1
+            else:
+                far = layout.grid.coordinates()[changed] - layout.grid.coordinates()[token]
+                assert far.abs().max() < max(4 // scale, 1) + 1
 
-    patch = model.config.patch_size
-    t, y, x = (where // size for where, size in zip(place, patch, strict=True))
-    grid = layout.grid
-    token = (t * grid.height + y) * grid.width + x
-    assert len(before) == len(modules)
-    for old, new in zip(before, after, strict=True):
-        assert len(old) == layout.key_tokens
-        assert (old - new).abs().amax(1).nonzero().flatten().tolist() == [token]
+
+@pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
+def test_full_density_equals_the_untouched_model_and_remove_is_exact(name, grid):
+    torch.manual_seed(0)
+    case = CASES[name]
+    model, inputs = case.build(), case.arguments(*grid)
+    dense = run(model, inputs)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
+    torch.testing.assert_close(run(model, inputs), dense, atol=5e-6, rtol=1e-4)
+    narrow = min(grid[1:]) > 2
+    if narrow:
+        fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, 2, 2), block_size=32))
+        assert not torch.allclose(run(model, inputs), dense, atol=1e-4)
+    fastdiff.remove(model)
+    assert torch.equal(run(model, inputs), dense)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +198,116 @@ def test_inputs_without_a_video_are_refused(inputs):
     model = tiny_wan(layers=1)
     with pytest.raises(InvalidInputError, match="hidden_states is"):
         families.family_of(model).layout(model.config, inputs)
+
+
+class TestFlux:
+    def layout(self, **changed):
+        model = tiny_flux()
+        return families.family_of(model).layout(model.config, flux_inputs() | changed)
+
+    def test_text_comes_first_and_references_last(self):
+        layout = self.layout(**flux_inputs(5, 7, text=3, reference=(2, 4)))
+        assert [(span.kind, span.tokens) for span in layout.query] == [("text", 3), ("grid", 35), ("reference", 8)]
+        assert layout.grid == Grid(1, 5, 7)
+        assert layout.query == layout.key
+
+    def test_two_references_wherever_they_stand(self):
+        ids = torch.cat([image_ids(0, 3, 3), image_ids(1, 2, 2), image_ids(2, 2, 3) + torch.tensor([0, 5, 0])])
+        layout = self.layout(img_ids=ids, hidden_states=torch.zeros(1, len(ids), 16))
+        assert [(span.kind, span.tokens) for span in layout.query[2:]] == [("reference", 4), ("reference", 6)]
+
+    def test_a_batch_of_ids(self):
+        assert self.layout(img_ids=image_ids(0, 5, 7).expand(2, -1, -1)).grid == Grid(1, 5, 7)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64], ids=str)
+    def test_ids_that_half_precision_rounds(self, dtype):
+        ids = image_ids(0, 2, 300).to(dtype)
+        assert self.layout(img_ids=ids, hidden_states=torch.zeros(1, 600, 16)).grid == Grid(1, 2, 300)
+
+    @pytest.mark.parametrize(
+        ("changed", "match"),
+        [
+            ({"hidden_states": torch.zeros(1, 4, 10, 14)}, "takes packed latents"),
+            ({"hidden_states": torch.zeros(1, 34, 16)}, r"img_ids is of shape \(35, 3\).*positions of the 34 image"),
+            ({"img_ids": None}, "img_ids is missing"),
+            ({"encoder_hidden_states": None}, "encoder_hidden_states is missing"),
+            ({"img_ids": image_ids(0, 5, 7).flip(0)}, "do not say a grid"),
+            ({"img_ids": image_ids(0, 5, 7) * 2}, "do not say a grid"),
+            ({"img_ids": image_ids(1, 5, 7)}, "do not say a grid"),
+            ({"img_ids": torch.cat([image_ids(0, 5, 7)[:32], image_ids(1, 1, 3)])}, "do not say a grid"),
+            ({"img_ids": torch.cat([image_ids(i, 1, w) for i, w in ((0, 7), (1, 21), (0, 7))])}, "do not say a grid"),
+        ],
+        ids=["unpacked", "length", "no ids", "no text", "order", "scaled", "no picture", "torn", "picture twice"],
+    )
+    def test_what_says_no_grid_is_refused(self, changed, match):
+        with pytest.raises(InvalidInputError, match=match):
+            self.layout(**changed)
+
+    def test_ids_are_read_once(self, monkeypatch):
+        ids = image_ids(0, 5, 7)
+        reads = []
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda self: reads.append(self) or self)
+        for _ in range(3):
+            assert image_spans(ids)[0].grid == Grid(1, 5, 7)
+        assert len(reads) == 1
+        ids[:] = image_ids(0, 7, 5)
+        assert image_spans(ids)[0].grid == Grid(1, 7, 5)
+        with torch.inference_mode():
+            other = image_ids(0, 1, 4)
+            assert image_spans(other)[0].grid == image_spans(other)[0].grid == Grid(1, 1, 4)
+        assert len(reads) == 3
+
+    def test_a_reference_is_seen_by_all(self):
+        torch.manual_seed(0)
+        model, inputs = tiny_flux(), flux_inputs(8, 8, reference=(4, 4))
+        fastdiff.apply(model, fastdiff.NeighborhoodConfig((3, 3), block_size=32))
+        before = run(model, inputs)
+        inputs["hidden_states"][:, -1] += 1
+        assert ((run(model, inputs) - before).abs().amax(-1) > 0).all()
+
+
+class TestUNet:
+    def test_order_and_levels(self):
+        model = tiny_unet()
+        family = families.family_of(model)
+        whole = family.layout(model.config, unet_inputs(9, 13))
+        grids = {name: str(family.at(model.config, whole, name).grid) for name in locate.self_attention(model, family)}
+        assert list(grids.values()) == ["1x9x13", "1x5x7", "1x5x7", "1x5x7", "1x9x13", "1x9x13", "1x3x4"]
+        assert list(grids)[-1] == "mid_block.attentions.0.transformer_blocks.0.attn1"
+        assert all(name.endswith("attn1") for name in grids)
+
+    def test_downsampling_without_padding_in_front(self):
+        model = tiny_unet(downsample_padding=0)
+        family = families.family_of(model)
+        whole = family.layout(model.config, unet_inputs(9, 13))
+        for name, found in values(model, unet_inputs(9, 13)).items():
+            assert len(found) == family.at(model.config, whole, name).key_tokens
+
+    def test_coarse_levels_stay_dense(self):
+        model = tiny_unet()
+        fastdiff.apply(model, fastdiff.NeighborhoodConfig((2, 2), block_size=32))
+        run(model, unet_inputs(9, 13))
+        active = [layer.active for layer in find(model).layers]
+        assert active == [True] * 6 + [False]
+
+    def test_layers_that_look_at_text_alone_are_left_out(self):
+        model = tiny_unet(only_cross_attention=[True, False, False])
+        found = locate.self_attention(model, families.family_of(model))
+        assert [name.split(".")[0] for name in found] == ["down_blocks", "up_blocks", "up_blocks", "mid_block"]
+
+    @pytest.mark.parametrize("inputs", [{}, {"sample": torch.zeros(1, 4, 8)}], ids=["missing", "flat"])
+    def test_inputs_without_a_picture_are_refused(self, inputs):
+        model = tiny_unet()
+        with pytest.raises(InvalidInputError, match="sample is"):
+            families.family_of(model).layout(model.config, inputs)
+
+
+def test_forecasts():
+    flux = families.FAMILIES["FluxTransformer2DModel"]
+    assert [span.tokens for span in flux.forecast(Grid(1, 4, 4)).query] == [512, 16]
+    model = tiny_flux()
+    ran = flux.layout(model.config, flux_inputs(text=3, reference=(2, 2)))
+    assert [span.tokens for span in flux.forecast(Grid(1, 4, 4), ran).query] == [3, 16, 4]
 
 
 def test_only_self_attention_in_order():

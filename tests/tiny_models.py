@@ -29,7 +29,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(f"{folder}/tokenizer.json")
         return PreTrainedTokenizerFast(
-            tokenizer_file=f"{folder}/tokenizer.json", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+            tokenizer_file=f"{folder}/tokenizer.json",
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            model_max_length=8,
         )
 
 
@@ -154,10 +158,11 @@ def forward(model, **more) -> torch.Tensor:
 
 
 def compile_as(pipe, way: str, backend: str) -> None:
-    """Compiles the pipeline's transformer in one of three ways: "torch.compile", "model.compile" or "blocks"."""
+    """Compiles the pipeline's model in one of three ways: "torch.compile", "model.compile" or "blocks"."""
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
     if way == "torch.compile":
-        pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
+        setattr(pipe, name, torch.compile(getattr(pipe, name), fullgraph=True, backend=backend))
     elif way == "model.compile":
-        pipe.transformer.compile(fullgraph=True, backend=backend)
+        getattr(pipe, name).compile(fullgraph=True, backend=backend)
     else:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        getattr(pipe, name).compile_repeated_blocks(fullgraph=True, backend=backend)

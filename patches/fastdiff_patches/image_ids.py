@@ -1,4 +1,4 @@
-"""Reads a picture's grid, and those of reference images, from the positions that packed image tokens carry."""
+"""Reads a picture's grid, and the reference images behind it, from the positions that packed image tokens carry."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def image_spans(ids: torch.Tensor) -> tuple[Span, ...]:
 def _read(ids: torch.Tensor) -> tuple[Span, ...]:
     rows = (ids if ids.ndim == 2 else ids[0]).detach().cpu()
     starts = (rows[1:, 0] != rows[:-1, 0]).nonzero().flatten() + 1
-    images = torch.tensor_split(rows, starts)
-    grids = [_raster(image) for image in images]
-    if rows[0, 0] != 0 or grids[0] is None or any(image[0, 0] == 0 for image in images[1:]):
+    picture, *references = torch.tensor_split(rows, starts)
+    grid = _raster(picture)
+    if rows[0, 0] != 0 or grid is None or any(image[0, 0] == 0 for image in references):
         raise InvalidInputError(
             f"img_ids of {len(rows)} tokens do not say a grid: the picture must come first, with 0 in the first column "
             "and rows and columns counted from 0, row by row, as FluxPipeline makes them."
         )
-    first = Span("grid", len(images[0]), grids[0])
-    return first, *(Span("reference", len(image), grid) for image, grid in zip(images[1:], grids[1:], strict=True))
+    # All see references, so that where their tokens stand does not matter.
+    return Span("grid", grid.tokens, grid), *(Span("reference", len(image)) for image in references)
 
 
 def _raster(image: torch.Tensor) -> Grid | None:
