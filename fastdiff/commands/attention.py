@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdiff.assets import EMBEDDED
+
 from .options import Request, defaults_for, settings_for
 from .pipelines import Job
+from .running import arguments
+from .screen import stage
 from .sizes import finest_layer
+
+# What a model shows while PARO is calibrated; the second where the first is what shall be made.
+_WORLD = ("a blue square and a green ring over a striped ground", "a red triangle and a yellow circle")
+_ANYTHING = ("a street with people, cars and trees on a sunny day", "a cat on a sofa by a window")
+_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -33,9 +42,18 @@ class SparseAttention:
     dense_layers: int | list[int] = 0
     backend: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, made_in: Path, kept_in: Path) -> dict[str, Any]:
+        """As a report has it.
+
+        Args:
+            made_in: Folder of a calibration that was made for this run.
+            kept_in: Where that is going to stand.
+        """
+        config = None if self.config is None else self.config.to_dict()
+        if config and Path(config.get("calibration", "")).parent == made_in:
+            config["calibration"] = str(kept_in / Path(config["calibration"]).name)
         return {
-            "config": None if self.config is None else self.config.to_dict(),
+            "config": config,
             "density": self.density,
             "mean_density": self.mean_density,
             "dense_steps": self.dense_steps,
@@ -55,8 +73,27 @@ def config_for(pipe: Any, request: Request, job: Job, calibration: Path) -> Any:
     """
     if request.method == "dense":
         return None
+    if request.method == "paro" and request.config is None:
+        prompts = _WORLD if request.model in EMBEDDED else _ANYTHING
+        prompt = next(prompt for prompt in prompts if prompt != job.prompt)
+        with stage(f"Calibrating paro by a dense run of “{prompt}”"):
+            return calibrated(pipe, job, request.solve_for, [prompt], calibration)
     layout = finest_layer(pipe, job.grid, job.text_tokens).layout
     return settings_for(request.method, request.config, request.solve_for, layout.grid, job.text_tokens)
+
+
+def calibrated(pipe: Any, job: Job, density: float, prompts: list[str], path: Path) -> Any:
+    """PARO's config for the size and the steps of a job; every prompt is run dense once.
+
+    Raises:
+        FastDiffError: If the model or the size cannot be calibrated at this density.
+    """
+    from fastdiff.calibration import calibrate
+
+    groups = min(_GROUPS, job.steps)
+    return calibrate(
+        pipe, prompts, path=path, density=density, groups=groups, seed=job.seed + 1, **arguments(pipe, job)
+    )
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def _run(request: o.Request, output: Path) -> dict[str, Any]:
         with sparse_attention(pipe, request, job, config):
             sparse_run = generate_once(pipe, job, f"Generating ({request.method}, density {sparse.density:.2f})")
         with stage("Measuring"):
-            result = _measure(pipe, request, job, sparse, dense_run, sparse_run)
+            result = _measure(pipe, request, job, sparse, dense_run, sparse_run) | sparse.to_dict(folder, output)
         with stage("Writing results"):
             _write(folder, job, result, dense_run, sparse_run)
         report.write_json(folder / "report.json", result)
@@ -141,7 +141,6 @@ def _measure(
         "seconds_per_step_dense": dense_run.seconds_per_step,
         "seconds_per_step_sparse": sparse_run.seconds_per_step,
         "identical": bool((sparse_run.frames == dense_run.frames).all()),
-        **sparse.to_dict(),
         **job.to_dict(),
         "tokens": job.grid.tokens,
         "heads": layer.heads,

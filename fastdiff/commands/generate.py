@@ -106,7 +106,7 @@ def _run(request: o.Request, output: Path | None) -> dict:
             "output": str(output),
             "model": request.model,
             "method": request.method,
-            **sparse.to_dict(),
+            **sparse.to_dict(folder, output.parent),
             **run.to_dict(),
             **job.to_dict(),
             "dtype": str(core(pipe).dtype).removeprefix("torch."),

@@ -76,26 +76,24 @@ def warm_up(pipe: Any, job: Job) -> None:
 
 
 def call(pipe: Any, job: Job, **more) -> Any:
-    """Calls the pipeline as a job says.
-
-    Args:
-        pipe: The pipeline.
-        job: What to make.
-        more: Arguments that come on top or instead.
-    """
+    """Calls the pipeline as a job says; `more` comes on top or instead."""
     import torch
 
-    arguments = {
-        "prompt": job.prompt,
+    # On the CPU, so that a seed means the same noise on every device.
+    generator = torch.Generator("cpu").manual_seed(job.seed)
+    return pipe(**arguments(pipe, job, **{"prompt": job.prompt, "generator": generator, **more}))
+
+
+def arguments(pipe: Any, job: Job, **more) -> dict[str, Any]:
+    """What the pipeline is called with for a job, without prompt and noise; of `more`, what it knows."""
+    wanted = {
         "height": job.height,
         "width": job.width,
         "num_frames": job.num_frames,
         "num_inference_steps": job.steps,
         "guidance_scale": job.guidance_scale,
-        # On the CPU, so that a seed means the same noise on every device.
-        "generator": torch.Generator("cpu").manual_seed(job.seed),
         **job.call,
         **more,
     }
     known = inspect.signature(pipe.__call__).parameters
-    return pipe(**{name: value for name, value in arguments.items() if name in known and value is not None})
+    return {name: value for name, value in wanted.items() if name in known and value is not None}
