@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fastdiff.commands.calibrate import calibrate
 from fastdiff.commands.compare import compare
 from fastdiff.commands.doctor import doctor
 from fastdiff.commands.failures import exit_code
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (generate, compare, plan, doctor):
+for command in (generate, compare, plan, calibrate, doctor):
     app.command()(command)
 
 
