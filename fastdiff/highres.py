@@ -65,11 +65,8 @@ class HighResolution:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise InvalidInputError(f"{name} is {value!r}; give a whole number from {low}.")
-        check_number("strength", self.strength, 0, 1)
-        if self.steps * self.strength < 1:
-            raise InvalidInputError(
-                f"strength {self.strength} of {self.steps} steps is less than one; give more of either."
-            )
+        if isinstance(self.strength, bool) or not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
+            raise InvalidInputError(f"strength is {self.strength!r}; it must be a number above 0 and up to 1.")
         for name, low, high in (("guidance", 0, 1e3), ("low_guidance", 0, 1e3), ("ntk_factor", 1, 1e4)):
             check_number(name, getattr(self, name), low, high)
         check_number("shift", self.shift, 0.01, 100)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import place
 
 from fastdiff.methods import METHODS, ClearConfig, load_config
 from fastdiff.methods.clear_planner import KeyPooling
@@ -15,7 +16,6 @@ from fastdiff_kernels.ball import box_tiles_order, choose_order
 from fastdiff_kernels.plan import BlockPlan
 from fastdiff_kernels.reference import dense_mask
 from fastdiff_patches.planner import Extras
-from tests.plans import place
 
 CHANNELS = 3072
 
