@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 
-from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, TokenLayout
-from fastdiff_kernels.box import Axes, BoxAxis, box_order, box_rule, choose_tile
+from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
+from fastdiff_kernels.box import Axes, BoxAxis, box_rule
+from fastdiff_kernels.order import GridOrder
+from fastdiff_kernels.walk import choose_order
 
 from .base import MethodConfig, check_choice, check_density, largest_within
+from .neighborhood_axis import neighborhood_axis
 
 log = logging.getLogger("fastdiff")
 
@@ -31,12 +34,14 @@ class NeighborhoodConfig(MethodConfig):
         at a border     Q # # # # . . . .        (a group)      . # # # Q # . . .
         dilation 2      # . # . Q . # . #        causal         . # # # # # Q . .
 
+    The usual shapes have names: `sliding`, `blocked`, `tiled`, `axial`, `dilated`; `preset` knows published settings.
+
     References: Hassani and Shi, "Dilated Neighborhood Attention Transformer", arXiv 2209.15001; Hassani et al.,
     "Generalized Neighborhood Attention", arXiv 2504.16922.
 
     Args:
-        window: Keys on each axis of the grid (frames, height, width; a picture takes 2, a sequence 1), at least 2;
-            None is the whole axis. Smaller is faster, larger is safer.
+        window: Keys on each axis of the grid (frames, height, width; a picture takes 2, a sequence 1); 1 is the
+            query's own place, None the whole axis. Smaller is faster, larger is safer.
         stride: Queries that share a window, 1 to the window, one number or one for each axis. Larger is faster.
         dilation: Distance of the keys on each axis, likewise.
         causal: Whether a query sees no later key, likewise.
@@ -62,8 +67,8 @@ class NeighborhoodConfig(MethodConfig):
         if not isinstance(window, tuple) or not 1 <= len(window) <= 3:
             raise InvalidInputError(f"window is {window!r}; give 1 to 3 numbers, such as (18, 24, 24).")
         for width in window:
-            if width is not None and not _whole(width, 2):
-                raise InvalidInputError(f"window is {window!r}; each axis takes None or a whole number from 2.")
+            if width is not None and not _whole(width, 1):
+                raise InvalidInputError(f"window is {window!r}; each axis takes None or a whole number from 1.")
         for name, low in (("stride", 1), ("dilation", 1), ("causal", None)):
             values = self._per_axis(name)
             fits = all(isinstance(v, bool) if low is None else _whole(v, low) for v in values)
@@ -78,21 +83,95 @@ class NeighborhoodConfig(MethodConfig):
         check_choice("block_size", self.block_size, _BLOCKS)
         check_choice("small_grid", self.small_grid, ("warn", "error"))
 
+    @classmethod
+    def sliding(cls, window: tuple[int | None, ...], **settings) -> NeighborhoodConfig:
+        """Every query has a window of its own: neighborhood attention proper. The safest shape, and the slowest."""
+        return cls(window, **settings)
+
+    @classmethod
+    def blocked(cls, window: tuple[int | None, ...], **settings) -> NeighborhoodConfig:
+        """Stride = window: blocks that see nothing but themselves. The fastest shape, with seams between blocks."""
+        return cls(window, stride=tuple(width or 1 for width in window), **settings)
+
+    @classmethod
+    def tiled(cls, tile: tuple[int | None, ...], tiles: int | tuple[int, ...] = 3, **settings) -> NeighborhoodConfig:
+        """Tiles that see themselves and their neighbours, as Sliding Tile Attention (arXiv 2502.04507) does.
+
+        Args:
+            tile: Sides of a tile; None is the whole axis. The paper has (6, 8, 8) for HunyuanVideo.
+            tiles: Tiles in a window, one number or one for each axis; odd ones are symmetric. More are safer.
+            **settings: Further settings of the config.
+        """
+        counts = tiles if isinstance(tiles, tuple) else (tiles,) * len(tile)
+        if len(counts) != len(tile) or not all(_whole(count, 1) for count in counts):
+            raise InvalidInputError(f"tiles is {tiles!r}; give a whole number from 1, or {len(tile)} of them.")
+        window = tuple(side and side * count for side, count in zip(tile, counts, strict=True))
+        return cls(window, stride=tuple(side or 1 for side in tile), **settings)
+
+    @classmethod
+    def axial(cls, axis: str, **settings) -> NeighborhoodConfig:
+        """Every query sees its line along one axis (`"frames"`, `"height"` or `"width"`), and nothing else."""
+        check_choice("axis", axis, _AXES)
+        return cls(tuple(None if name == axis else 1 for name in _AXES), **settings)
+
+    @classmethod
+    def dilated(cls, window: tuple[int | None, ...], grid: Grid, **settings) -> NeighborhoodConfig:
+        """As far apart as the grid allows, so that a few keys span all of it (DiNA, arXiv 2209.15001).
+
+        The paper alternates layers of this shape with `sliding` ones.
+        """
+        lengths = (grid.frames, grid.height, grid.width)[-len(window) :]
+        dilation = tuple(max(1, length // (width or length)) for length, width in zip(lengths, window, strict=True))
+        return cls(window, dilation=dilation, **settings)
+
+    @classmethod
+    def preset(cls, name: str, **settings) -> NeighborhoodConfig:
+        """Published settings by name, such as `"hunyuanvideo-18x24x24-s16x8x8"`.
+
+        Args:
+            name: One of `neighborhood_presets()`.
+            **settings: What should differ from the preset.
+
+        Raises:
+            InvalidInputError: If there is no such preset.
+        """
+        from .neighborhood_presets import neighborhood_presets
+
+        presets = neighborhood_presets()
+        if name not in presets:
+            raise InvalidInputError(f"neighborhood has no preset {name!r}; it has {', '.join(presets)}.")
+        return replace(presets[name].config, **settings)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> NeighborhoodConfig:
+        """The inverse of `to_dict`; `"preset"` may name settings that the other keys change.
+
+        Raises:
+            InvalidInputError: If a key or preset is unknown, a value out of range, or the version too new.
+        """
+        values = dict(data)
+        if "preset" in values:
+            values = cls.preset(values.pop("preset")).to_dict() | values
+        return super().from_dict(values)
+
     def build_plan(self, layout: TokenLayout) -> BlockPlan:
         """The plan for one layout, on the CPU.
 
         Raises:
             InvalidInputError: If the window has fewer axes than the grid, or does not fit it and `small_grid` is
                 `"error"`.
+            UnsupportedError: If tokens of unlike grids should see each other by the rule.
         """
+        _check_grids(layout)
         axes = self.axes(layout.grid)
-        tile = choose_tile(axes, self.block_size)
+        others = [span.tokens for span in (*layout.query, *layout.key) if span.kind != "grid"]
+        order = choose_order(axes, self.block_size, sum(-(-tokens // self.block_size) for tokens in others))
         return BlockPlan.from_rule(
             layout,
             box_rule(axes),
             block_q=self.block_size,
             block_k=self.block_size,
-            grid_order=box_order(axes, tile),
+            grid_order=_only_on(layout.grid, order),
         )
 
     @classmethod
@@ -110,12 +189,16 @@ class NeighborhoodConfig(MethodConfig):
         """
         check_density(density)
         layout = TokenLayout.self_attention(grid, text_after=text_tokens)
-        longest = max(grid.frames, grid.height, grid.width)
+        sides = (grid.frames, grid.height, grid.width)
+        longest = max(sides)
+        whole = cls((None,) * 3, **settings)
+        least = [max(2, stride) for stride in whole._per_axis("stride")]
+        most = [side // dilation for side, dilation in zip(sides, whole._per_axis("dilation"), strict=True)]
 
         def config(step: int) -> NeighborhoodConfig:
-            sides = (grid.frames, grid.height, grid.width)
-            window = tuple(None if side < 3 else max(2, side * step // longest) for side in sides)
-            return cls(window, **settings)
+            shares = [max(low, high * step // longest) for low, high in zip(least, most, strict=True)]
+            window = tuple(None if high < low else share for share, low, high in zip(shares, least, most, strict=True))
+            return replace(whole, window=window)
 
         def reached(step: int) -> float:
             return config(step).build_plan(layout).density()
@@ -148,7 +231,7 @@ class NeighborhoodConfig(MethodConfig):
         if length == 1:
             width = stride = dilation = 1
         elif width is None:
-            width = length // dilation
+            dilation = min(dilation, length)
         elif width * dilation > length:
             message = (
                 f"window {width} with dilation {dilation} spans {width * dilation} tokens and the grid has {length} on "
@@ -158,40 +241,13 @@ class NeighborhoodConfig(MethodConfig):
                 raise InvalidInputError(f"{message}; give a smaller window or dilation, None, or small_grid='warn'.")
             dilation = min(dilation, max(1, length // 2))
             width = length // dilation
-            log.warning("%s; clipped to a window of %d with dilation %d.", message, width, dilation)
-        return neighborhood_axis(length, width, min(stride, width), dilation, causal)
+            stride = min(stride, width)
+            _warn_once(f"{message}; clipped to a window of {width} with dilation {dilation}.")
+        return neighborhood_axis(length, width, stride, dilation, causal)
 
     def _per_axis(self, name: str) -> tuple:
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.window)
-
-
-def neighborhood_axis(length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> BoxAxis:
-    """First and last key of every query on one axis, group after group where it is dilated.
-
-    Args:
-        length: Tokens on the axis.
-        window, stride: In tokens of a dilation group.
-        dilation: Groups; token i belongs to group i mod dilation.
-        causal: Whether the window ends at the query.
-    """
-    first, last, natural, pieces = [], [], [], []
-    for group in range(dilation):
-        size, start = math.ceil((length - group) / dilation), sum(pieces)
-        query = torch.arange(size)
-        if causal:
-            leader = (query // stride * stride + stride - 1).clamp(max=size - 1)
-            low, high = (leader - window + 1).clamp(min=0), query
-        else:
-            leader = (query // stride * stride + stride // 2).clamp(max=size - 1)
-            # A group may be one token longer than the shortest, which a window of the whole axis must fill too.
-            low = (leader - window // 2).clamp(min=0).clamp(max=size - window)
-            high = low + window - 1
-        first.append(low + start)
-        last.append(high + start)
-        natural.append(group + query * dilation)
-        pieces.append(size)
-    return BoxAxis(torch.cat(first), torch.cat(last), torch.cat(natural), tuple(pieces))
 
 
 def _whole(value, low: int) -> bool:

@@ -45,15 +45,37 @@ class BoxAxis:
             start += length
         return torch.cat(parts).unflatten(0, (-1, side))
 
-    def pairs(self, query_side: int, key_side: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which key tiles each query tile touches, and which of them every query sees whole, bool `[tiles, tiles]`."""
-        query, key = self.slots(query_side), self.slots(key_side)
-        low, high = query[:, 0], query.amax(1)
-        k_low, k_high = key[None, :, 0], key.amax(1)[None]
-        touched = (k_low <= self.last[high][:, None]) & (k_high >= self.first[low][:, None])
-        whole = (k_low >= self.first[high][:, None]) & (k_high <= self.last[low][:, None])
-        return touched, touched & whole & (key >= 0).all(1)[None]
+    def tiles(self, side: int) -> Cut:
+        """The axis in tiles of `side`, each piece padded to whole tiles."""
+        slots = self.slots(side)
+        return Cut(slots[:, 0].contiguous(), slots.amax(1))
 
+    def touched(self, query: Cut, key: Cut) -> Runs:
+        """The parts of `key` that each part of `query` sees at all."""
+        start = torch.searchsorted(key.last, self.first[query.first])
+        return start, torch.searchsorted(key.first, self.last[query.last], right=True)
+
+    def whole(self, query: Cut, key: Cut) -> Runs:
+        """The parts of `key` that every query of each part of `query` sees whole; padding is not looked at."""
+        start = torch.searchsorted(key.first, self.first[query.last])
+        stop = torch.searchsorted(key.last, self.last[query.first], right=True)
+        return start, torch.maximum(start, stop)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """An axis cut into parts: first and last coordinate of each, int64 `[parts]`, ascending."""
+
+    first: torch.Tensor
+    last: torch.Tensor
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        return self.last - self.first + 1
+
+
+Runs = tuple[torch.Tensor, torch.Tensor]
+"""For each part the first part it meets and one past the last: what a query sees of an axis is one run."""
 
 Axes = tuple[BoxAxis, BoxAxis, BoxAxis]
 
@@ -122,12 +144,13 @@ def simulate(axes: Axes, query_tile: Tile, key_tile: Tile) -> Simulation:
     """Counts tiles axis by axis (arXiv 2504.16922 calls this the analytical model; its tool is not public)."""
     true = visited = worst = full = 1.0
     for axis, query_side, key_side in zip(axes, query_tile, key_tile, strict=True):
-        touched, whole = axis.pairs(query_side, key_side)
-        rows = touched.double().mean(1)
+        query, key = axis.tiles(query_side), axis.tiles(key_side)
+        touched = _count(axis.touched(query, key))
+        rows = touched / len(key.first)
         true *= float((axis.last - axis.first + 1).double().mean()) / len(axis.first)
         visited *= float(rows.mean())
         worst *= float(rows.max())
-        full *= float(whole.sum() / touched.sum())
+        full *= float(_filled(axis, query, key, key_side).sum() / touched.sum())
     return Simulation(true, visited, worst, full, 1 / true, 1 / worst, full == 1.0)
 
 
@@ -135,10 +158,28 @@ def choose_tile(axes: Axes, tokens: int) -> Tile:
     """The box of `tokens` tokens (a power of two) whose computed tiles cover least, padding included."""
     powers = [1 << n for n in range(tokens.bit_length())]
     tiles = [(t, y, tokens // (t * y)) for t in powers for y in powers if t * y <= tokens]
+    # Among equals the most cubic one, whose loads are the most alike.
+    return min(tiles, key=lambda tile: (touched_tiles(axes, tile), max(tile)))
 
-    def cost(tile: Tile) -> tuple[float, int]:
-        area = math.prod(int(axis.pairs(side, side)[0].sum()) * side**2 for axis, side in zip(axes, tile, strict=True))
-        # Among equals the most cubic one, whose loads are the most alike.
-        return area, max(tile)
 
-    return min(tiles, key=cost)
+def touched_tiles(axes: Axes, tile: Tile) -> int:
+    """Pairs of tiles, of equal shape for queries and keys, in which anything is computed."""
+    cuts = [axis.tiles(side) for axis, side in zip(axes, tile, strict=True)]
+    return math.prod(int(_count(axis.touched(cut, cut)).sum()) for axis, cut in zip(axes, cuts, strict=True))
+
+
+def full_tiles(axes: Axes, tile: Tile) -> int:
+    """Those among them that need no test."""
+    cuts = [(axis, axis.tiles(side), side) for axis, side in zip(axes, tile, strict=True)]
+    return math.prod(int(_filled(axis, cut, cut, side).sum()) for axis, cut, side in cuts)
+
+
+def _count(runs: Runs) -> torch.Tensor:
+    return (runs[1] - runs[0]).double()
+
+
+def _filled(axis: BoxAxis, query: Cut, key: Cut, side: int) -> torch.Tensor:
+    """How many tiles without padding each part of `query` sees whole, float64 `[parts]`."""
+    filled = torch.nn.functional.pad((key.sizes == side).cumsum(0), (1, 0))
+    start, stop = axis.whole(query, key)
+    return (filled[stop] - filled[start]).double()
