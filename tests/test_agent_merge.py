@@ -126,6 +126,22 @@ def test_the_planner_equals_agent_sd_written_out(ratio):
             torch.testing.assert_close(out[sample, token], expected[0, place].flatten())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_close_and_keeps_its_dtype(dtype):
+    plan = plan_for(Grid(1, 40, 40), Grid(1, 1, 2), 1500)
+    x = torch.randn(1, 1600, 8, dtype=torch.float64).to(dtype)
+    found = match(x, plan, torch.tensor(5))
+    # One of the two stands for more tokens than these types count in ones.
+    assert found.members.sum(-1).max() > 256
+    short = merge(x, found)
+    agents = pool_matched(short.unflatten(2, (2, 4)), found, plan)
+    assert short.dtype == agents.dtype == dtype
+    exact = merge(x.double(), found)
+    torch.testing.assert_close(short.double(), exact, atol=2e-2, rtol=2e-2)
+    expected = pool_matched(exact.unflatten(2, (2, 4)), found, plan)
+    torch.testing.assert_close(agents.double(), expected, atol=2e-2, rtol=2e-2)
+
+
 def test_gradients_flow_through_merging():
     planner, layout = AgentConfig(4, source="merge", merge_ratio=0.3).planner(), around(Grid(1, 5, 5))
     plan = planner.plan(layout, layer=0, step=None, steps=None, heads=1, head_dim=4, device=CPU)

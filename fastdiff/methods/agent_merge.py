@@ -80,8 +80,8 @@ def merge(x: torch.Tensor, found: Matching) -> torch.Tensor:
 
     It sums in a product with zeros and ones, which is the same in every run; sums by index are not on a GPU.
     """
-    means = (found.members.to(x.dtype) @ x) / _counts(found).to(x.dtype)[..., None]
-    return x.index_copy(1, found.destinations, means).gather(1, _wide(found.kept, x))
+    means = (found.members.to(x.dtype) @ x) / _counts(found, x)[..., None]
+    return x.index_copy(1, found.destinations, means.to(x.dtype)).gather(1, _wide(found.kept, x))
 
 
 def unmerge(x: torch.Tensor, found: Matching) -> torch.Tensor:
@@ -91,17 +91,18 @@ def unmerge(x: torch.Tensor, found: Matching) -> torch.Tensor:
 
 def pool_matched(x: torch.Tensor, found: Matching, plan: AgentPlan) -> torch.Tensor:
     """The mean of all tokens of each agent, merged ones included: `[batch, kept, ...]` to `[batch, agents, ...]`."""
-    belongs = found.agent[:, None] == torch.arange(plan.agents, device=x.device)[:, None]
-    weights = belongs.to(torch.promote_types(x.dtype, torch.float32))
+    weights = (found.agent[:, None] == torch.arange(plan.agents, device=x.device)[:, None]).to(x.dtype)
     if found.kept is not None:
-        stands_for = weights.new_ones(found.place.shape).index_copy(1, found.destinations, _counts(found).to(weights))
-        weights = weights * stands_for.gather(1, found.kept)[:, None]
-    sums = weights.to(x.dtype) @ x.flatten(2)
-    return (sums / weights.sum(-1, keepdim=True)).to(x.dtype).unflatten(2, x.shape[2:])
+        counts = _counts(found, x)
+        stands_for = counts.new_ones(found.place.shape).index_copy(1, found.destinations, counts)
+        weights = (weights * stands_for.gather(1, found.kept)[:, None]).to(x.dtype)
+    totals = weights.sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return ((weights @ x.flatten(2)) / totals).to(x.dtype).unflatten(2, x.shape[2:])
 
 
-def _counts(found: Matching) -> torch.Tensor:
-    return found.members.sum(-1)
+def _counts(found: Matching, like: torch.Tensor) -> torch.Tensor:
+    """How many tokens each destination stands for, exact, `[batch, agents]`."""
+    return found.members.sum(-1).to(torch.promote_types(like.dtype, torch.float32))
 
 
 def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -32,15 +32,15 @@ def pool_cells(x: torch.Tensor, plan: AgentPlan) -> torch.Tensor:
 
     It sums axis by axis in matrix products, which are the same in every run; sums by index are not on a GPU.
     """
-    grid = plan.grid
-    sums = x.reshape(x.shape[0], grid.frames, grid.height, grid.width, -1)
+    grid, cells = plan.grid, plan.cell_grid
     t, y, w = (axis.to(x.dtype) for axis in plan.axes)
-    sums = torch.einsum("btywc,mw->btymc", sums, w)
-    sums = torch.einsum("btymc,ny->btnmc", sums, y)
+    sums = w @ x.reshape(x.shape[0], grid.frames, grid.height, grid.width, -1)
+    sums = y @ sums.flatten(3)
     if grid.frames > 1:
-        sums = torch.einsum("btnmc,ft->bfnmc", sums, t)
+        sums = t @ sums.flatten(2)
+    sums = sums.reshape(x.shape[0], cells.tokens, -1)
     counts = plan.sizes.prod(-1).to(torch.promote_types(x.dtype, torch.float32))
-    return (sums.flatten(1, 3) / counts[:, None]).to(x.dtype).unflatten(2, x.shape[2:])
+    return (sums / counts[:, None]).to(x.dtype).unflatten(2, x.shape[2:])
 
 
 def agent_attention(
