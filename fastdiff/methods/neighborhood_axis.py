@@ -37,30 +37,3 @@ def neighborhood_axis(
         natural.append(group + query * dilation)
         pieces.append(size)
     return BoxAxis(torch.cat(first), torch.cat(last), torch.cat(natural), tuple(pieces))
-
-
-def _check_grids(layout: TokenLayout) -> None:
-    for query, cells in zip(layout.query, layout.visibility, strict=True):
-        for key, cell in zip(layout.key, cells, strict=True):
-            if cell == "rule" and not query.grid == key.grid == layout.grid:
-                raise UnsupportedError(
-                    f"neighborhood needs one grid for queries and keys; here {query.kind} queries on "
-                    f"{query.grid or 'no grid'} should see {key.kind} keys on {key.grid or 'no grid'} by its rule."
-                )
-
-
-def _only_on(grid: Grid, grid_order: GridOrder) -> GridOrder:
-    """The order for one grid; tokens on others, reference pictures, stay as they are, since no rule reads them."""
-
-    def order(other: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if other == grid:
-            return grid_order(other, block)
-        return torch.arange(other.tokens), torch.zeros(other.tokens, 3, dtype=torch.int32)
-
-    return order
-
-
-@lru_cache(maxsize=1024)
-def _warn_once(message: str) -> None:
-    # Every layer and every length of text builds a plan; one line for all of them is enough.
-    log.warning(message)
