@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import place
+from tiny_models import forward, tiny_wan
 
+import fastdiff
 from fastdiff.methods import METHODS, ClearConfig, load_config
 from fastdiff.methods.clear_planner import KeyPooling
 from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError, attention
@@ -330,6 +332,21 @@ def test_compiled_without_breaks_and_again_for_another_grid():
         expected = call(q, k, v, plan)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), pooling.weight)[0])
+
+
+@pytest.mark.parametrize(
+    "config", [ClearConfig(2.5), ClearConfig((1.5, 4, 6), pool_factor=2, proportional=True)], ids=["disk", "pooled"]
+)
+def test_videos_are_patched_and_given_back(config):
+    model = tiny_wan()
+    names, dense = list(model.state_dict()), forward(model)
+    fastdiff.apply(model, config)
+    assert not torch.allclose(forward(model), dense)
+    fastdiff.remove(model)
+    assert torch.equal(forward(model), dense)
+    assert list(model.state_dict()) == names
+    fastdiff.apply(model, ClearConfig(50))
+    torch.testing.assert_close(forward(model), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_plans_travel():

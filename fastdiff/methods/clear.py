@@ -30,12 +30,13 @@ class ClearConfig(MethodConfig):
     Text stays dense, and at a border a query simply has fewer neighbours. In a video the disk becomes an ellipsoid
     over frames, rows and columns. Compute grows linearly with the size, but for the pooled keys.
 
-        radius 4          . # # # # # .          pool_factor 4        keys   text  image      pooled
-                          # # # # # # #          16 keys of a tile    text   ####  #########  .......
-                          # # # Q # # #          become one, which    image  ####  ..#####..  #######
-                          # # # # # # #          all of the image                 the disk    4x4 in 1
-                          . # # # # # .          sees
-        (two rows of five above and below are left out)
+        radius 3.5   . . # # # . .      pool_factor 4: f x f keys        text   image      pooled
+                     . # # # # # .      become one more, which    text   ####   #########  .......
+                     # # # # # # #      the whole image sees      image  ####   ..#####..  #######
+                     # # # Q # # #
+                     # # # # # # #
+                     . # # # # # .
+                     . . # # # . .
 
     Reference: Liu, Tan and Wang, "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up",
     arXiv 2412.16112. The paper fine-tunes the attention layers; without that expect more change from small radii.
