@@ -2,20 +2,16 @@
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import matplotlib
-import numpy as np
 import torch
-import transformers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
-from tiny_world import COLOURS, HEADINGS, MOTIONS, PAIRED, SHAPES, Scene, render, sample_scene
-from tiny_world_recover import recover
+from tiny_report import decibel, describe_pipeline, judge, rates, read_back, requests
+from tiny_world import render, sample_scene
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -39,36 +35,6 @@ class Evaluation:
     rows: tuple[tuple[str, int, int, int], ...]
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt and what it asks for; None where it does not say, or where it is not measured."""
-
-    prompt: str
-    colours: frozenset[str]
-    shape: str | None = None
-    direction: str | None = None
-
-
-def requests(count: int) -> list[Request]:
-    """A fixed list that walks through colours, shapes and headings; every fourth prompt has two objects."""
-    colours, headings = list(COLOURS), list(HEADINGS)[:4]
-    listed = []
-    for index in range(count):
-        colour, shape = colours[index % 8], SHAPES[index % len(SHAPES)]
-        article = "an" if colour == "orange" else "a"
-        if index % 4 < 3:
-            heading = headings[(index // 3) % 4]
-            text = f"{article} {colour} {shape} moving {heading}"
-            listed.append(Request(text, frozenset([colour]), shape, heading))
-            continue
-        other = colours[(index + 2 + index // 8) % 8 if (2 + index // 8) % 8 else (index + 1) % 8]
-        second = f"{'an' if other == 'orange' else 'a'} {other} {SHAPES[(index + 2) % len(SHAPES)]}"
-        first = f"{article} {colour} {shape}"
-        text = f"{first} passing behind {second}" if index % 8 == 7 else f"{first} and {second} colliding"
-        listed.append(Request(text, frozenset([colour, other])))
-    return listed
-
-
 def evaluate(folder: Path, results: Path, plan: Evaluation, seed: int, device: torch.device, record: dict) -> dict:
     """Writes `tiny-wan-eval.json` and `tiny-wan-contact-sheet.png` into `results`.
 
@@ -86,18 +52,7 @@ def evaluate(folder: Path, results: Path, plan: Evaluation, seed: int, device: t
             "frames": plan.frames,
             "size": plan.size,
         },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-        "parameters": {
-            name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters())
-            for name in ("vae", "transformer", "text_encoder")
-        },
+        **describe_pipeline(pipe, folder),
         "training": record,
         "vae": _vae(pipe.vae, plan, seed),
     }
@@ -112,18 +67,6 @@ def evaluate(folder: Path, results: Path, plan: Evaluation, seed: int, device: t
     report["seconds"] = round(time.perf_counter() - began, 1)
     (results / "tiny-wan-eval.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
-
-
-def draw_losses(losses: dict[str, list[tuple[int, float]]], results: Path) -> None:
-    """Writes `tiny-wan-loss.json` and `tiny-wan-loss.png`, one panel for each stage."""
-    (results / "tiny-wan-loss.json").write_text(json.dumps(losses) + "\n")
-    figure, axes = plt.subplots(1, len(losses), figsize=(3.2 * len(losses), 2.8), squeeze=False)
-    for axis, (name, curve) in zip(axes[0], losses.items(), strict=True):
-        axis.plot(*zip(*curve, strict=True))
-        axis.set(title=name, yscale="log", xlabel="iteration")
-    figure.tight_layout()
-    figure.savefig(results / "tiny-wan-loss.png", dpi=110)
-    plt.close(figure)
 
 
 def _generate(
@@ -152,27 +95,8 @@ def _prompts(pipe: WanPipeline, plan: Evaluation, seed: int) -> dict:
         chunk = asked[first : first + plan.batch]
         size = (plan.size, plan.size)
         videos = _generate(pipe, [item.prompt for item in chunk], plan.frames, size, plan, seed + first)
-        for item, video in zip(chunk, videos, strict=True):
-            seen = recover(video)
-            verdicts.append(
-                {
-                    "prompt": item.prompt,
-                    "colours": sorted(seen.colours),
-                    "colour_right": seen.colours == item.colours,
-                    "shape": seen.shape,
-                    "shape_right": None if item.shape is None else seen.shape == item.shape,
-                    "direction": seen.direction,
-                    "direction_right": None if item.direction is None else seen.direction == item.direction,
-                }
-            )
-    single = [verdict for verdict in verdicts if verdict["shape_right"] is not None]
-    pairs = [verdict for verdict in verdicts if verdict["shape_right"] is None]
-    rates = {name: _rate(single, f"{name}_right") for name in ("colour", "shape", "direction")}
-    return {"rates": {**rates, "pair_colours": _rate(pairs, "colour_right")}, "verdicts": verdicts}
-
-
-def _rate(verdicts: Sequence[dict], key: str) -> float | None:
-    return round(sum(verdict[key] for verdict in verdicts) / len(verdicts), 4) if verdicts else None
+        verdicts += [judge(item, video) for item, video in zip(chunk, videos, strict=True)]
+    return {"rates": rates(verdicts), "verdicts": verdicts}
 
 
 @torch.no_grad()
@@ -188,36 +112,18 @@ def _vae(vae: AutoencoderKLWan, plan: Evaluation, seed: int) -> dict:
         whole, last = error.mean((1, 2, 3, 4)), error[:, :, -4:].mean((1, 2, 3, 4))
         objects = (error * coverage).sum() / (3 * coverage.sum())
         fidelity[str(frames)] = {
-            "psnr": _decibel(whole),
-            "psnr_last_frames": _decibel(last),
-            "psnr_objects": _decibel(objects[None]),
+            "psnr": decibel(whole),
+            "psnr_last_frames": decibel(last),
+            "psnr_objects": decibel(objects[None]),
         }
     scene = sample_scene(plan.prompts, plan.frames, plan.size, plan.size, generator)
     video, _ = render(scene, vae.device)
     rebuilt = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in video.split(8)])
     return {
         "psnr_by_frames": fidelity,
-        "read_back_true": _read_back(scene, video),
-        "read_back_rebuilt": _read_back(scene, rebuilt),
+        "read_back_true": read_back(scene, video),
+        "read_back_rebuilt": read_back(scene, rebuilt),
     }
-
-
-def _decibel(error: Tensor) -> float:
-    return round(float((10 * torch.log10(4 / error.clamp(min=1e-12))).mean()), 2)
-
-
-def _read_back(scene: Scene, video: Tensor) -> dict:
-    """How often `recover` tells the truth about drawn clips."""
-    verdicts: dict[str, list[bool]] = {"colours": [], "shape": [], "direction": []}
-    for index in range(len(scene)):
-        seen, kind = recover(video[index]), list(MOTIONS)[scene.motion[index]]
-        items = 2 if kind in PAIRED else 1
-        verdicts["colours"].append(seen.colours == {list(COLOURS)[scene.colour[index, item]] for item in range(items)})
-        if items == 1:
-            verdicts["shape"].append(seen.shape == SHAPES[scene.shape[index, 0]])
-        if kind == "moving":
-            verdicts["direction"].append(seen.direction == list(HEADINGS)[scene.heading[index]])
-    return {name: round(float(np.mean(values)), 4) for name, values in verdicts.items() if values}
 
 
 def _contact_sheet(pipe: WanPipeline, plan: Evaluation, seed: int, path: Path) -> None:

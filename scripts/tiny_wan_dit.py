@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from causal_vae import WholeClip
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from tiny_world import UNKNOWN, WORDS, describe, render, sample_scene
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tiny_text import tokenize
+from tiny_world import describe, render, sample_scene
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -46,22 +46,6 @@ class Cache:
     tokens: Tensor
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the grammar, lower case, closed by `</s>`."""
-    vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", UNKNOWN, *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token=UNKNOWN,
-        model_max_length=TEXT_TOKENS,
-    )
-
-
 @torch.no_grad()
 def cache_latents(
     vae: AutoencoderKLWan,
@@ -86,7 +70,7 @@ def cache_latents(
                 encoded, _ = whole.encode(render(scene, device)[0])
             latents.append(((encoded - mean) / deviation).to(torch.bfloat16))
             texts = [describe(scene, index, dice) for index in range(bucket.chunk) for _ in range(CAPTIONS_PER_CLIP)]
-            tokens.append(_tokenize(tokenizer, texts).view(bucket.chunk, CAPTIONS_PER_CLIP, -1))
+            tokens.append(tokenize(tokenizer, texts, CAPTION_TOKENS).view(bucket.chunk, CAPTIONS_PER_CLIP, -1))
         caches.append(Cache(bucket, torch.cat(latents), torch.cat(tokens).to(device)))
     return caches
 
@@ -119,7 +103,7 @@ def train_dit(
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     adam = optimiser([transformer, encoder], betas=(0.9, 0.99), decay=0.01)
     average = Average([transformer, encoder], decay=0.999)
-    empty = _tokenize(tokenizer, [""]).to(device)
+    empty = tokenize(tokenizer, [""], CAPTION_TOKENS).to(device)
     dice = random.Random(seed)
     weights = [cache.bucket.weight for cache in caches]
 
@@ -154,7 +138,3 @@ def flow_loss(transformer: WanTransformer3DModel, encoder: UMT5EncoderModel, cac
         text = encode_text(encoder, tokens)
         velocity = transformer(mixed, sigma * 1000, text, return_dict=False)[0]
     return F.mse_loss(velocity.float(), noise - clip)
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    return tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt").input_ids

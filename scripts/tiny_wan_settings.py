@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from evaluate_tiny_wan import Evaluation
+from tiny_vae import Phase
 from tiny_wan_dit import Bucket
-from tiny_wan_vae import Phase
 from train_loop import Rate
 
 TRANSFORMER_KEYS = {

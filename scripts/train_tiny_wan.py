@@ -11,26 +11,27 @@ miniature on a CPU.
 """
 
 import argparse
-import json
 import logging
-import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from causal_vae import WholeClip
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from evaluate_tiny_wan import draw_losses, evaluate
-from tiny_wan_dit import SHIFT, build_tokenizer, cache_latents, train_dit
+from evaluate_tiny_wan import evaluate
+from tiny_folder import SHARD, cast, note, read_notes, report, write_pipeline
+from tiny_report import draw_losses
+from tiny_text import build_tokenizer, vocabulary_size
+from tiny_vae import train_vae
+from tiny_wan_dit import SHIFT, TEXT_TOKENS, cache_latents, train_dit
 from tiny_wan_settings import FULL, SMOKE, TRANSFORMER_KEYS, Settings
-from tiny_wan_vae import measure_latents, train_vae
-from torch import nn
-from train_loop import Fit
+from tiny_wan_vae import measure_latents
 from transformers import UMT5Config, UMT5EncoderModel
 
 log = logging.getLogger("train_tiny_wan")
 STAGES = ("vae", "dit", "assemble", "evaluate")
-MAX_BYTES, MAX_FILE_BYTES, SHARD = 24_000_000, 14_500_000, "10MB"
+MAX_BYTES = 24_000_000
 
 
 def main() -> None:
@@ -61,12 +62,8 @@ def main() -> None:
             _assemble(work, assets)
         else:
             results.mkdir(parents=True, exist_ok=True)
-            notes = {name: json.loads((work / f"{name}.json").read_text()) for name in ("vae", "dit")}
-            draw_losses({key: fit["losses"] for note in notes.values() for key, fit in note["fits"].items()}, results)
-            record = {
-                name: {key: {k: v for k, v in fit.items() if k != "losses"} for key, fit in note["fits"].items()}
-                for name, note in notes.items()
-            }
+            curves, record = read_notes([work / "vae.json", work / "dit.json"])
+            draw_losses("tiny-wan", curves, results)
             evaluate(assets, results, settings.evaluation, options.seed, device, record)
         log.info("stage %s took %.0f s", stage, time.perf_counter() - began)
 
@@ -128,25 +125,25 @@ def _vae_stage(settings: Settings, options: argparse.Namespace, work: Path, devi
     vae = _new_vae(settings).to(device)
     fits = train_vae(
         vae,
+        WholeClip(vae, not options.no_compile),
         settings.phases,
         options.seed,
-        not options.no_compile,
         options.vae_seconds,
     )
-    _report({f"vae, {phase.frames} frames": fit for phase, fit in zip(settings.phases, fits, strict=True)})
+    report({phase.label: fit for phase, fit in zip(settings.phases, fits, strict=True)})
     if options.probe:
         return
     # What is measured, cached and shipped is the same rounded model.
-    _cast(vae, torch.bfloat16)
-    _cast(vae, torch.float32)
+    cast(vae, torch.bfloat16)
+    cast(vae, torch.float32)
     phase = settings.phases[2]
     height, width = phase.sizes[0]
     mean, deviation = measure_latents(vae, phase.frames, height, width, settings.latent_batches, options.seed + 1)
     vae.register_to_config(latents_mean=mean, latents_std=deviation)
-    _cast(vae, torch.bfloat16).save_pretrained(work / "vae")
-    _note(
+    cast(vae, torch.bfloat16).save_pretrained(work / "vae")
+    note(
         work / "vae.json",
-        {f"vae, {phase.frames} frames": fit for phase, fit in zip(settings.phases, fits, strict=True)},
+        {phase.label: fit for phase, fit in zip(settings.phases, fits, strict=True)},
     )
 
 
@@ -158,10 +155,10 @@ def _dit_stage(settings: Settings, options: argparse.Namespace, work: Path, devi
     trained = (work / "vae.json").exists()
     vae = AutoencoderKLWan.from_pretrained(work / "vae") if trained or not options.probe else _new_vae(settings)
     vae = vae.to(device).eval()
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(TEXT_TOKENS)
     encoder = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=-(-len(tokenizer) // 8) * 8,
+            vocab_size=vocabulary_size(tokenizer),
             d_model=settings.text_dim,
             d_kv=16,
             d_ff=2 * settings.text_dim,
@@ -196,50 +193,26 @@ def _dit_stage(settings: Settings, options: argparse.Namespace, work: Path, devi
             compiled,
             options.dit_seconds,
         )
-        _report({f"dit, {len(group)} buckets from {group[0].bucket}": fit})
+        report({f"dit, {len(group)} buckets from {group[0].bucket}": fit})
     if options.probe:
         return
-    _cast(transformer, torch.bfloat16).save_pretrained(work / "transformer", max_shard_size=SHARD)
-    _cast(encoder, torch.bfloat16).save_pretrained(work / "text_encoder")
-    _note(work / "dit.json", {"dit": fit})
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts every parameter; loaders keep some in float32, which is for computing and not for disk."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def _report(fits: dict[str, Fit]) -> None:
-    for name, fit in fits.items():
-        log.info("%s: %d iterations, %.0f s, %.2f it/s", name, fit.iterations, fit.seconds, fit.per_second)
-
-
-def _note(path: Path, fits: dict[str, Fit]) -> None:
-    path.write_text(json.dumps({"fits": {name: asdict(fit) for name, fit in fits.items()}}) + "\n")
+    cast(transformer, torch.bfloat16).save_pretrained(work / "transformer", max_shard_size=SHARD)
+    cast(encoder, torch.bfloat16).save_pretrained(work / "text_encoder")
+    note(work / "dit.json", {"dit": fit})
 
 
 def _assemble(work: Path, assets: Path) -> None:
     """Joins the parts to a pipeline folder that diffusers loads alone."""
     pipe = WanPipeline(
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(TEXT_TOKENS),
         text_encoder=UMT5EncoderModel.from_pretrained(work / "text_encoder", dtype=torch.bfloat16),
         vae=AutoencoderKLWan.from_pretrained(work / "vae", torch_dtype=torch.bfloat16),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
         transformer=WanTransformer3DModel.from_pretrained(work / "transformer", torch_dtype=torch.bfloat16),
     )
-    _cast(pipe.transformer, torch.bfloat16)
-    _cast(pipe.text_encoder, torch.bfloat16)
-    shutil.rmtree(assets, ignore_errors=True)
-    pipe.save_pretrained(assets, max_shard_size=SHARD)
-    # transformers 5 writes the new name of this class, which version 4 does not have; both know the old one.
-    for file in (assets / "model_index.json", assets / "tokenizer" / "tokenizer_config.json"):
-        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    sizes = {file: file.stat().st_size for file in assets.rglob("*") if file.is_file()}
-    log.info("%s: %d bytes in %d files", assets, sum(sizes.values()), len(sizes))
-    if sum(sizes.values()) > MAX_BYTES or max(sizes.values()) > MAX_FILE_BYTES:
-        raise SystemExit(f"the folder may hold {MAX_BYTES} bytes and each file {MAX_FILE_BYTES}: {sizes}")
+    cast(pipe.transformer, torch.bfloat16)
+    cast(pipe.text_encoder, torch.bfloat16)
+    write_pipeline(pipe, assets, MAX_BYTES)
 
 
 if __name__ == "__main__":
