@@ -22,7 +22,7 @@ def kept_mass(sums: torch.Tensor, share: float, rows: torch.Tensor, tokens: int)
         tokens: Tokens of the grid.
 
     Returns:
-        Kept share of the attention `[...]`, and its standard error as an estimate for all query blocks.
+        Kept share of the attention `[...]`, and about its standard error as an estimate for all query blocks.
     """
     height, width = sums.shape[-2:]
     place = torch.arange(height)
