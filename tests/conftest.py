@@ -32,6 +32,23 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail as bad input does; returns its line."""
+    from fastdiff import cli
+
+    def run(*words):
+        assert cli.main([str(word) for word in words]) == 2
+        out, err = capsys.readouterr()
+        said = [line for line in err.splitlines() if line.startswith("fastdiff: ")]
+        assert out == ""
+        assert len(said) == 1
+        assert "Traceback" not in err
+        return said[0]
+
+    return run
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Fills what fastdiff_kernels allocates uninitialised, so that an element a kernel forgot to write shows.
 

@@ -31,22 +31,6 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that must fail as bad input does; returns its line."""
-
-    def run(*words):
-        assert cli.main([str(word) for word in words]) == 2
-        out, err = capsys.readouterr()
-        said = [line for line in err.splitlines() if line.startswith("fastdiff: ")]
-        assert out == ""
-        assert len(said) == 1
-        assert "Traceback" not in err
-        return said[0]
-
-    return run
-
-
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

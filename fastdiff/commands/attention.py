@@ -114,7 +114,7 @@ def sparse_attention(
     if config is None:
         yield SparseAttention()
         return
-    kept = {"dense_steps": _dense_steps(request, job), "dense_layers": request.dense_layers} if schedule else {}
+    kept = {"dense_steps": _dense_steps(request, job, config), "dense_layers": request.dense_layers} if schedule else {}
     fastdiff.apply(pipe, config, **kept)
     try:
         yield _described(pipe, job, config, kept)
@@ -122,13 +122,14 @@ def sparse_attention(
         fastdiff.remove(pipe)
 
 
-def _dense_steps(request: Request, job: Job) -> int | list[int]:
+def _dense_steps(request: Request, job: Job, config: Any) -> int | list[int]:
     from fastdiff import DenseSchedule
 
     if request.dense_steps is not None:
         DenseSchedule(request.dense_steps).check_steps(job.steps)
         return request.dense_steps
-    return round(defaults_for(request.model).dense_share * job.steps)
+    # Agents are meant for the first steps, and their config says which.
+    return 0 if config.method == "agent" else round(defaults_for(request.model).dense_share * job.steps)
 
 
 def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> SparseAttention:

@@ -39,7 +39,7 @@ DenseSteps = Annotated[
     str | None,
     typer.Option(
         help="Steps that stay dense: the first N, or indices such as 0,1,-1. More is slower and safer. "
-        "By default a share of them for embedded models, none for others."
+        "By default a share of them for embedded models, none for others and for agent, which has steps of its own."
     ),
 ]
 DenseLayers = Annotated[str, typer.Option(help="Layers that stay dense, likewise.")]

@@ -69,3 +69,14 @@ def pairs(title: str, rows: dict[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)
+
+
+def lines(title: str, cells: list[list[str]]) -> None:
+    """A table of right-aligned columns, its head first."""
+    out = Console(highlight=False)
+    table = Table(title=title, title_justify="left")
+    for name in cells[0]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in cells[1:]:
+        table.add_row(*line)
+    out.print(table)
