@@ -17,62 +17,59 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernel_rule import BOX_PARAMETERS, DISC
 from .plan import BlockPlan
-from .rule import BOX_HEADER, METRIC_HEADER, RuleKind
+from .rule import METRIC_HEADER, RuleKind
 from .tuning import forward_tile, shared_memory_of
 
 # Triton captures module globals as compile-time constants only in this type.
 _METRIC, _BOX, _BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
-_METRIC_HEADER, _BOX_HEADER = tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_HEADER)
+_DISC, _METRIC_HEADER, _BOX_PARAMETERS = tl.constexpr(DISC), tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_PARAMETERS)
 _LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _box_holds(rule, query, key, axis_start, axis_length):
-    first = tl.load(rule + axis_start + query)
-    last = tl.load(rule + axis_start + axis_length + query)
-    return (first[:, None] <= key[None, :]) & (key[None, :] <= last[:, None])
-
-
-@triton.jit
 def _visible(
-    q_table, k_table, q_slots, k_slots, rule, word, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Which pairs of a tile of a partial block are computed, bool [queries, keys]."""
-    span = tl.load(k_table + k_slots * 5 + 3)
-    whole = (tl.load(q_table + q_slots * 5 + 3)[:, None] & span[None, :]) != 0
-    holds = (tl.load(q_table + q_slots * 5 + 4)[:, None] & span[None, :]) != 0
-    if (RULE == _METRIC) | (RULE == _BOX):
-        q_t = tl.load(q_table + q_slots * 5)
-        q_y = tl.load(q_table + q_slots * 5 + 1)
-        q_x = tl.load(q_table + q_slots * 5 + 2)
-        k_t = tl.load(k_table + k_slots * 5)
-        k_y = tl.load(k_table + k_slots * 5 + 1)
-        k_x = tl.load(k_table + k_slots * 5 + 2)
+    q_table, k_table, q_slots, k_slots, block, rule, word,
+    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of a tile of the partial key block `block` are computed, bool [queries, keys]; see kernel_rule.py."""
+    if RULE == _BOX:
+        guards = tl.load(rule)
+        sees_all = (tl.load(q_table + q_slots * 3 + 2) & tl.load(rule + _BOX_PARAMETERS + block)) != 0
+        first = tl.where(sees_all, 0 - guards, tl.load(q_table + q_slots * 3))
+        last = tl.where(sees_all, tl.load(rule + 1), tl.load(q_table + q_slots * 3 + 1))
+        key = tl.load(k_table + k_slots)
+        return ((key[None, :] - first[:, None]) & (last[:, None] - key[None, :]) & guards) == guards
+    elif RULE == _DISC:
+        sees_all = (tl.load(q_table + q_slots * 4 + 3) & tl.load(rule + block)) != 0
+        y = tl.where(sees_all, 0.0, tl.load(q_table + q_slots * 4).to(tl.float32, bitcast=True))
+        x = tl.where(sees_all, 0.0, tl.load(q_table + q_slots * 4 + 1).to(tl.float32, bitcast=True))
+        # Between any place on the grid and padding.
+        limit = tl.where(sees_all, 1e20, tl.load(q_table + q_slots * 4 + 2).to(tl.float32, bitcast=True))
+        norm = tl.load(k_table + k_slots * 3).to(tl.float32, bitcast=True)
+        k_y = tl.load(k_table + k_slots * 3 + 1).to(tl.float32, bitcast=True)
+        k_x = tl.load(k_table + k_slots * 3 + 2).to(tl.float32, bitcast=True)
+        return norm[None, :] + y[:, None] * k_y[None, :] + x[:, None] * k_x[None, :] < limit[:, None]
+    else:
+        span = tl.load(k_table + k_slots * 5 + 3)
+        whole = (tl.load(q_table + q_slots * 5 + 3)[:, None] & span[None, :]) != 0
+        holds = (tl.load(q_table + q_slots * 5 + 4)[:, None] & span[None, :]) != 0
         if RULE == _METRIC:
-            a = tl.load(rule)
-            b = tl.load(rule + 1)
-            sink_frames = tl.load(rule + 2)
-            dt = q_t[:, None] - k_t[None, :]
-            dy = q_y[:, None] - k_y[None, :]
-            dx = q_x[:, None] - k_x[None, :]
-            limit = tl.load(rule + _METRIC_HEADER + tl.abs(dt))
-            holds = holds & ((a * dy * dy + b * dx * dx < limit) | (k_t[None, :] < sink_frames))
-        else:
-            length_t = tl.load(rule)
-            length_y = tl.load(rule + 1)
-            length_x = tl.load(rule + 2)
-            start_y = _BOX_HEADER + 2 * length_t
-            holds = holds & _box_holds(rule, q_t, k_t, _BOX_HEADER, length_t)
-            holds = holds & _box_holds(rule, q_y, k_y, start_y, length_y)
-            holds = holds & _box_holds(rule, q_x, k_x, start_y + 2 * length_y, length_x)
-    elif RULE == _BITS:
-        query_side = tl.load(rule)
-        key_side = tl.load(rule + 1)
-        columns = tl.load(rule + 2)
-        place = ((q_slots % BLOCK_Q) // query_side * columns)[:, None] + ((k_slots % BLOCK_K) // key_side)[None, :]
-        holds = holds & (((word >> place) & 1) != 0)
-    return whole | holds
+            q_t = tl.load(q_table + q_slots * 5)
+            k_t = tl.load(k_table + k_slots * 5)
+            dy = tl.load(q_table + q_slots * 5 + 1)[:, None] - tl.load(k_table + k_slots * 5 + 1)[None, :]
+            dx = tl.load(q_table + q_slots * 5 + 2)[:, None] - tl.load(k_table + k_slots * 5 + 2)[None, :]
+            limit = tl.load(rule + _METRIC_HEADER + tl.abs(q_t[:, None] - k_t[None, :]))
+            near = tl.load(rule) * dy * dy + tl.load(rule + 1) * dx * dx < limit
+            holds = holds & (near | (k_t[None, :] < tl.load(rule + 2)))
+        elif RULE == _BITS:
+            query_side = tl.load(rule)
+            key_side = tl.load(rule + 1)
+            columns = tl.load(rule + 2)
+            place = ((q_slots % BLOCK_Q) // query_side * columns)[:, None] + ((k_slots % BLOCK_K) // key_side)[None, :]
+            holds = holds & (((word >> place) & 1) != 0)
+        return whole | holds
 
 
 @triton.jit
@@ -104,7 +101,7 @@ def _accumulate(
             word = 0
             if RULE == _BITS:
                 word = tl.load(bits + entry)
-            visible = _visible(q_table, k_table, q_slots, k_slots, rule, word, RULE, BLOCK_Q, BLOCK_K)
+            visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(visible, scores, float("-inf"))
         if HAS_KEY_MASK:
             exists = tl.load(key_mask + k_slots) != 0
@@ -210,19 +207,20 @@ def forward(
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_q, block_k = plan.query.block, plan.key.block
+    rule = plan.kernel_rule
     tile = forward_tile(block_q, block_k, block_d, q.dtype, shared_memory_of(q.device))
     grid = (plan.query_blocks * (block_q // tile.queries), batch * heads)
     _forward_kernel[grid](
         q, k, v, out, lse, out if key_mask is None else key_mask,
-        plan.query.order, plan.query.table, plan.key.table, plan.launch_order,
+        plan.query.order, rule.query, rule.key, plan.launch_order,
         plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
-        plan.rule.parameters, plan.bits,
+        rule.parameters, plan.bits,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, tokens, plan.query_blocks,
-        head_step(plan.query.order), head_step(plan.query.table), head_step(plan.key.table),
+        head_step(plan.query.order), head_step(rule.query), head_step(rule.key),
         plan.key.slots, int(plan.lists > 1), scale / math.log(2),
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k,
-        TILE_Q=tile.queries, TILE_K=tile.keys, RULE=int(plan.rule.kind),
+        TILE_Q=tile.queries, TILE_K=tile.keys, RULE=rule.kind,
         HAS_KEY_MASK=key_mask is not None, KEY_MASK_OF_HEAD=plan.key.order.shape[0] > 1, WRITE_LSE=return_lse,
         # The interpreter's bfloat16 product is wrong without an error, so it computes in float32.
         EXACT=os.environ.get("TRITON_INTERPRET") == "1",

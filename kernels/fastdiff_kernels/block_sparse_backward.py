@@ -43,7 +43,8 @@ def _walk_keys(
     tiles: tl.constexpr = BLOCK_K // TILE_K
     for step in range(start * tiles, end * tiles):
         entry = step // tiles
-        k_slots = tl.load(indices + entry) * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
+        block = tl.load(indices + entry)
+        k_slots = block * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
         key = _load(k, k_slots, k_stride, dims, HEAD_DIM, BLOCK_D, EXACT)
         value = _load(v, k_slots, v_stride, dims, HEAD_DIM, BLOCK_D, EXACT)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2 - lse[:, None]
@@ -51,7 +52,7 @@ def _walk_keys(
             word = 0
             if RULE == _BITS:
                 word = tl.load(bits + entry)
-            visible = _visible(q_table, k_table, q_slots, k_slots, rule, word, RULE, BLOCK_Q, BLOCK_K)
+            visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(visible, scores, float("-inf"))
         if HAS_KEY_MASK:
             scores = tl.where((tl.load(key_mask + k_slots) != 0)[None, :], scores, float("-inf"))
@@ -63,8 +64,8 @@ def _walk_keys(
 
 @triton.jit
 def _walk_queries(
-    grad_k, grad_v, key, value, key_exists, k_slots, q, upstream, lse, delta, q_table, k_table, rule, bits, bit_place,
-    indices, start, end, q_stride, upstream_stride, scale_log2,
+    grad_k, grad_v, key, value, key_exists, k_slots, block, q, upstream, lse, delta, q_table, k_table, rule, bits,
+    bit_place, indices, start, end, q_stride, upstream_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, RULE: tl.constexpr, PARTIAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,7 @@ def _walk_queries(
             word = 0
             if RULE == _BITS:
                 word = tl.load(bits + tl.load(bit_place + entry))
-            visible = _visible(q_table, k_table, q_slots, k_slots, rule, word, RULE, BLOCK_Q, BLOCK_K)
+            visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(tl.trans(visible), scores, float("-inf"))
         if HAS_KEY_MASK:
             scores = tl.where(key_exists[:, None], scores, float("-inf"))
@@ -175,13 +176,13 @@ def _grad_kv_kernel(
     total_k = tl.zeros([TILE_K, BLOCK_D], dtype=tl.float32)
     total_v = tl.zeros([TILE_K, BLOCK_D], dtype=tl.float32)
     total_k, total_v = _walk_queries(
-        total_k, total_v, key, value, key_exists, k_slots, q, upstream, lse, delta, q_table, k_table, rule, bits,
-        bit_place, full_indices, tl.load(full_offsets + offset), tl.load(full_offsets + offset + 1), q_stride_n,
+        total_k, total_v, key, value, key_exists, k_slots, column, q, upstream, lse, delta, q_table, k_table, rule,
+        bits, bit_place, full_indices, tl.load(full_offsets + offset), tl.load(full_offsets + offset + 1), q_stride_n,
         up_stride_n, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_Q, RULE, False, HAS_KEY_MASK, EXACT,
     )  # fmt: skip
     total_k, total_v = _walk_queries(
-        total_k, total_v, key, value, key_exists, k_slots, q, upstream, lse, delta, q_table, k_table, rule, bits,
-        bit_place, partial_indices, tl.load(partial_offsets + offset), tl.load(partial_offsets + offset + 1),
+        total_k, total_v, key, value, key_exists, k_slots, column, q, upstream, lse, delta, q_table, k_table, rule,
+        bits, bit_place, partial_indices, tl.load(partial_offsets + offset), tl.load(partial_offsets + offset + 1),
         q_stride_n, up_stride_n, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_Q, RULE, True, HAS_KEY_MASK,
         EXACT,
     )  # fmt: skip
@@ -230,13 +231,14 @@ def backward(
     block_q, block_k = plan.query.block, plan.key.block
     shared_memory = shared_memory_of(q.device)
     strides = [stride for x in (query, key, value, upstream, grads[0]) for stride in x.stride()[:3]]
+    rule = plan.kernel_rule
     sizes = (
         plan.query.slots,
-        *(head_step(x) for x in (plan.query.order, plan.key.order, plan.query.table, plan.key.table)),
+        *(head_step(x) for x in (plan.query.order, plan.key.order, rule.query, rule.key)),
         plan.key.slots, int(plan.lists > 1), scale / math.log(2), scale,
     )  # fmt: skip
     constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "BLOCK_K": block_k, "RULE": int(plan.rule.kind),
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "BLOCK_K": block_k, "RULE": rule.kind,
         "HAS_KEY_MASK": key_mask is not None, "KEY_MASK_OF_HEAD": plan.key.order.shape[0] > 1,
         # The interpreter's bfloat16 product is wrong without an error, so it computes in float32.
         "EXACT": os.environ.get("TRITON_INTERPRET") == "1",
@@ -246,9 +248,9 @@ def backward(
     tile = backward_tile(block_q, block_k, block_d, q.dtype, shared_memory)
     _grad_q_kernel[(plan.query_blocks * (block_q // tile.held), batch * heads)](
         query, key, value, upstream, rows, delta, grads[0], mask,
-        plan.query.order, plan.query.table, plan.key.table, plan.launch_order,
+        plan.query.order, rule.query, rule.key, plan.launch_order,
         plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
-        plan.rule.parameters, plan.bits, *strides, heads, plan.query_blocks, *sizes,
+        rule.parameters, plan.bits, *strides, heads, plan.query_blocks, *sizes,
         TILE_Q=tile.held, TILE_K=tile.walked, num_warps=tile.warps, num_stages=tile.stages, **constants,
     )  # fmt: skip
     columns = plan.transposed
@@ -256,9 +258,9 @@ def backward(
     tile = backward_tile(block_k, block_q, block_d, q.dtype, shared_memory)
     _grad_kv_kernel[(plan.key_blocks * (block_k // tile.held), batch * heads)](
         query, key, value, upstream, rows, delta, grads[1], grads[2], mask,
-        plan.key.order, plan.query.table, plan.key.table, columns.launch_order,
+        plan.key.order, rule.query, rule.key, columns.launch_order,
         columns.full.offsets, columns.full.indices, columns.partial.offsets, columns.partial.indices,
-        plan.rule.parameters, plan.bits, columns.bit_place, *strides, heads, plan.key_blocks, *sizes,
+        rule.parameters, plan.bits, columns.bit_place, *strides, heads, plan.key_blocks, *sizes,
         TILE_K=tile.held, TILE_Q=tile.walked, num_warps=tile.warps, num_stages=tile.stages, **constants,
     )  # fmt: skip
     return tuple(grads)

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_sparse import _BITS, _in_order, _visible
+from .block_sparse import _BITS, _in_order, _visible, head_step
 from .plan import BlockPlan
 
 BLOCK = 128
@@ -67,11 +67,12 @@ def _softmax(scores, row_max, row_sum, scale_log2, PARTIAL: gl.constexpr):
 def _hide(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.constexpr):
     """Scores of the n-th partial block, -inf where the rule does not hold."""
     keys: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
-    k_slots = gl.load(indices + n) * 128 + gl.arange(0, 128, layout=keys)
+    block = gl.load(indices + n)
+    k_slots = block * 128 + gl.arange(0, 128, layout=keys)
     word = 0
     if RULE == _BITS:
         word = gl.load(bits + n)
-    visible = _visible(q_table, k_table, q_slots, k_slots, rule, word, RULE, 128, 128)
+    visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128)
     return gl.where(visible, scores, float("-inf"))
 
 
@@ -163,7 +164,7 @@ def _forward_kernel(
     q, k_desc, v_desc, out, lse, q_order, q_table, k_table, launch_order,
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
     q_stride_b, q_stride_n, q_stride_h, out_stride_b, out_stride_n, out_stride_h,
-    heads, q_tokens, q_blocks, q_slots_of_head, k_slots_of_head, k_slots, list_step, scale_log2,
+    heads, q_tokens, q_blocks, q_order_step, q_table_step, k_table_step, k_slots, list_step, scale_log2,
     HEAD_DIM: gl.constexpr, RULE: gl.constexpr, WRITE_LSE: gl.constexpr,
 ):  # fmt: skip
     batch, head = gl.program_id(1) // heads, gl.program_id(1) % heads
@@ -175,9 +176,9 @@ def _forward_kernel(
     blocks = full_blocks + gl.load(partial_offsets + offset + 1) - partial_start
 
     head64, batch64 = head.to(gl.int64), batch.to(gl.int64)
-    q_order += head64 * q_slots_of_head
-    q_table += head64 * q_slots_of_head * 5
-    k_table += head64 * k_slots_of_head * 5
+    q_order += head64 * q_order_step
+    q_table += head64 * q_table_step
+    k_table += head64 * k_table_step
     q_ring = gl.allocate_shared_memory(q.dtype.element_ty, [2, _HALF, HEAD_DIM], k_desc.layout)
     load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, load))
@@ -257,7 +258,7 @@ def forward(
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens) if return_lse else (1,), dtype=torch.float32, device=q.device)
-    slots, tile = plan.key.slots, [BLOCK, head_dim]
+    rule, slots, tile = plan.kernel_rule, plan.key.slots, [BLOCK, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16)
     keys, values = (
         TensorDescriptor.from_tensor(
@@ -266,13 +267,12 @@ def forward(
         for x in (k, v)
     )
     _forward_kernel[(plan.query_blocks, batch * heads)](
-        q, keys, values, out, lse, plan.query.order, plan.query.table, plan.key.table, plan.launch_order,
+        q, keys, values, out, lse, plan.query.order, rule.query, rule.key, plan.launch_order,
         plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
-        plan.rule.parameters, plan.bits, *q.stride()[:3], *out.stride()[:3],
+        rule.parameters, plan.bits, *q.stride()[:3], *out.stride()[:3],
         heads, tokens, plan.query_blocks,
-        plan.query.slots if plan.query.order.shape[0] > 1 else 0,
-        slots if plan.key.order.shape[0] > 1 else 0,
-        slots, int(plan.lists > 1), scale / math.log(2),
-        HEAD_DIM=head_dim, RULE=int(plan.rule.kind), WRITE_LSE=return_lse, num_warps=4,
+        head_step(plan.query.order), head_step(rule.query), head_step(rule.key), slots, int(plan.lists > 1),
+        scale / math.log(2),
+        HEAD_DIM=head_dim, RULE=rule.kind, WRITE_LSE=return_lse, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -11,6 +11,7 @@ import torch
 
 from .block_list import BlockList, Columns, longest_first
 from .errors import InvalidInputError
+from .kernel_rule import KernelRule, kernel_rule
 from .layout import TokenLayout
 from .order import GridOrder, Side, natural_order
 from .rule import Rule, RuleKind, classify, pairs_visible
@@ -185,6 +186,11 @@ class BlockPlan:
         full, _ = self.full.transposed(self.key_blocks)
         partial, bit_place = self.partial.transposed(self.key_blocks)
         return Columns(full, partial, bit_place, longest_first(full, partial))
+
+    @cached_property
+    def kernel_rule(self) -> KernelRule:
+        """The rule as GPU kernels take it."""
+        return kernel_rule(self)
 
     @property
     def mean_row(self) -> float:

@@ -104,7 +104,8 @@ def pairs_visible(rule: Rule, query: torch.Tensor, key: torch.Tensor, bits: torc
     elif rule.kind == RuleKind.BOX:
         for axis in range(3):
             first, last = rule.axis_tables(axis)
-            q, k = query[..., axis].long(), key[..., None, :, axis]
+            # Tokens that no rule is for, of a reference image say, may stand beyond the tables.
+            q, k = query[..., axis].long().clamp(max=len(first) - 1), key[..., None, :, axis]
             by_rule = by_rule & (first[q][..., :, None] <= k) & (k <= last[q][..., :, None])
     elif rule.kind == RuleKind.BITS:
         by_rule = by_rule & bits
@@ -168,7 +169,7 @@ def _classify_box(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> tuple[t
     touched = whole = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device)
     for axis in range(3):
         first, last = rule.axis_tables(axis)
-        q_low, q_high = query[:, 0, axis].long(), query[:, 1, axis].long()
+        q_low, q_high = query[:, :, axis].long().clamp(max=len(first) - 1).unbind(1)
         k_low, k_high = key[None, :, 0, axis], key[None, :, 1, axis]
         touched = touched & (k_low <= last[q_high][:, None]) & (k_high >= first[q_low][:, None])
         whole = whole & (k_low >= first[q_high][:, None]) & (k_high <= last[q_low][:, None])

@@ -1,0 +1,140 @@
+"""In-block rules in the form that GPU kernels test fastest, made once for each plan from its tables.
+
+Where every block of a plan lies in one span, its rules become shorter than the tables of rule.py:
+
+    BOX (and NONE)  A coordinate (t, y, x) is one word of three fields, each with a guard bit above it. Subtracting
+                    words subtracts all fields at once, and a field's guard bit survives where its difference is not
+                    negative. So first <= k <= last on three axes takes two subtractions and one comparison.
+    DISC            METRIC on one frame: a dy^2 + b dx^2 < r is N_k - 2a y_q y_k - 2b x_q x_k < r - N_q, with
+                    N = a y^2 + b x^2: two products for each pair, exact in float32 while whole numbers are.
+
+    query rows      BOX [first - guards, last + guards, spans seen whole], DISC [-2a y, -2b x, r - N, spans seen whole]
+    key rows        BOX [word], DISC [N, y, x]
+    parameters      BOX [guards, last + guards of a query that sees all], then for both the span of each key block
+
+Floats stand in the int32 tables bit for bit. All other plans keep their own tables and rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import UnsupportedError
+from .rule import METRIC_HEADER, RuleKind
+
+if TYPE_CHECKING:
+    from .order import Side
+    from .plan import BlockPlan
+
+DISC = len(RuleKind)
+BOX_PARAMETERS = 2
+# Largest whole number up to which float32 has all of them.
+_EXACT = 2**24
+_FAR = 1e30
+
+
+@dataclass(frozen=True, eq=False)
+class KernelRule:
+    """What a kernel reads: the kind, and int32 tensors `[1 or heads, slots, n]`, the same, and `[m]`."""
+
+    kind: int
+    query: torch.Tensor
+    key: torch.Tensor
+    parameters: torch.Tensor
+
+    def to(self, device) -> KernelRule:
+        return KernelRule(self.kind, *(x.to(device) for x in (self.query, self.key, self.parameters)))
+
+
+def kernel_rule(plan: BlockPlan) -> KernelRule:
+    """The rule of a plan as its kernels take it.
+
+    Raises:
+        UnsupportedError: If a BOX plan has blocks of several spans, or a grid of more than 2^28 places.
+    """
+    kind = plan.rule.kind
+    spans = _spans_of_blocks(plan)
+    if spans is not None and kind in (RuleKind.NONE, RuleKind.BOX):
+        return _box(plan, spans)
+    if kind == RuleKind.BOX:
+        raise UnsupportedError(
+            "this BOX plan has blocks that hold tokens of several spans, which the Triton kernels do not take; pad "
+            "spans to whole blocks (aligned=True), or use backend='torch'."
+        )
+    if spans is not None and kind == RuleKind.METRIC and _is_disc(plan):
+        return _disc(plan, spans)
+    return KernelRule(int(kind), plan.query.table, plan.key.table, plan.rule.parameters)
+
+
+def _spans_of_blocks(plan: BlockPlan) -> torch.Tensor | None:
+    """The span of each key block, int32 `[key blocks]`, or None where blocks of either side lie in several."""
+    whole, ruled, span = plan.query.table[..., 3], plan.query.table[..., 4], plan.key.table[..., 3]
+    found = [_uniform(x, side, x_exists) for x, side, x_exists in (
+        (whole, plan.query, whole | ruled), (ruled, plan.query, whole | ruled), (span, plan.key, span),
+    )]  # fmt: skip
+    return None if any(x is None for x in found) else found[2]
+
+
+def _uniform(values: torch.Tensor, side: Side, exists: torch.Tensor) -> torch.Tensor | None:
+    """The value that all tokens of a block share, int32 `[blocks]`; None if any block has several."""
+    blocks = values.unflatten(1, (side.blocks, side.block))
+    padding = exists.unflatten(1, (side.blocks, side.block)) == 0
+    low = blocks.masked_fill(padding, torch.iinfo(values.dtype).max).amin((0, 2))
+    high = blocks.masked_fill(padding, 0).amax((0, 2))
+    empty = padding.all(0).all(1)
+    return high if bool(((low == high) | empty).all()) else None
+
+
+def _box(plan: BlockPlan, spans: torch.Tensor) -> KernelRule:
+    boxed = plan.rule.kind == RuleKind.BOX
+    query = plan.query.table[..., :3].long() * boxed
+    key, exists = plan.key.table[..., :3].long() * boxed, plan.key.table[..., 3] != 0
+    tables = [plan.rule.axis_tables(axis) for axis in range(3)] if boxed else []
+    last = [int(tables[axis][1].max()) if boxed else 0 for axis in range(3)]
+    highest = [max(int(key[..., axis].max()), last[axis]) for axis in range(3)]
+    # Padding stands one place beyond the last column, where nobody sees it.
+    widths = [highest[0].bit_length(), highest[1].bit_length(), (highest[2] + 1).bit_length()]
+    shift_y = widths[2] + 1
+    shifts = (shift_y + widths[1] + 1, shift_y, 0)
+    if shifts[0] + widths[0] + 1 > 31:
+        raise UnsupportedError(
+            f"a grid of {' x '.join(str(n + 1) for n in highest)} places is larger than what a BOX rule takes on a GPU."
+        )
+    guards = sum(1 << shift + width for shift, width in zip(shifts, widths, strict=True))
+
+    def word(t, y, x):
+        return (t << shifts[0]) + (y << shifts[1]) + x
+
+    if boxed:
+        # Tokens that no rule is for, of a reference image say, may stand beyond the grid.
+        place = [query[..., axis].clamp(max=len(tables[axis][0]) - 1) for axis in range(3)]
+        first, final = (word(*(tables[axis][end][place[axis]].long() for axis in range(3))) for end in (0, 1))
+    else:
+        first = final = query[..., 0]
+    table = torch.stack([first - guards, final + guards, plan.query.table[..., 3].long()], dim=-1)
+    words = torch.where(exists, word(*key.unbind(-1)), highest[2] + 1)[..., None]
+    every = torch.tensor([guards, word(*highest) + guards])
+    parameters = torch.cat([every.to(spans), spans])
+    return KernelRule(int(RuleKind.BOX), table.to(torch.int32), words.to(torch.int32), parameters)
+
+
+def _is_disc(plan: BlockPlan) -> bool:
+    a, b, sink_frames, frames = plan.rule.parameters[:METRIC_HEADER].tolist()
+    places = torch.cat([side.table[..., :3].flatten(0, 1) for side in (plan.query, plan.key)])
+    t, y, x = places.amax(0).tolist()
+    return frames == 1 and t == 0 and sink_frames == 0 and 4 * (a * y * y + b * x * x) < _EXACT
+
+
+def _disc(plan: BlockPlan, spans: torch.Tensor) -> KernelRule:
+    a, b = plan.rule.parameters[:2].tolist()
+    # Beyond the farthest pair all limits say the same.
+    limit = min(int(plan.rule.limits()[0]), _EXACT)
+    (y, x), (k_y, k_x) = (side.table[..., 1:3].double().unbind(-1) for side in (plan.query, plan.key))
+    norm = torch.where(plan.key.table[..., 3] != 0, a * k_y**2 + b * k_x**2, _FAR)
+    columns = [-2 * a * y, -2 * b * x, limit - a * y**2 - b * x**2]
+    query = [c.float().view(torch.int32) for c in columns] + [plan.query.table[..., 3]]
+    key = [c.float().view(torch.int32) for c in (norm, k_y, k_x)]
+    return KernelRule(DISC, torch.stack(query, -1), torch.stack(key, -1), spans)
