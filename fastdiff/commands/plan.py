@@ -30,12 +30,14 @@ def plan(
     layer: Annotated[int, typer.Option(help="Which self-attention layer, where layers differ.")] = 0,
     head: Annotated[int, typer.Option(help="Which head is drawn, where heads differ.")] = 0,
     query: Annotated[
-        str | None, typer.Option(help="The query t,y,x whose keys are drawn; by default the middle.")
+        str | None, typer.Option(help="The query t,y,x whose keys are drawn; by default the one in the middle.")
     ] = None,
     simulate: Annotated[
-        bool, typer.Option(help="Count tiles of boxes: the bound of an ideal kernel's speed-up.")
+        bool, typer.Option("--simulate", help="Count tiles of boxes: the bound of an ideal kernel's speed-up.")
     ] = False,
-    search: Annotated[bool, typer.Option(help="Also find strides and tiles that raise that bound.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Also find strides and tiles that raise that bound.")
+    ] = False,
     query_tile: Annotated[str | None, typer.Option(help="Queries of a simulated tile, such as 4x8x8.")] = None,
     key_tile: Annotated[str | None, typer.Option(help="Keys of a simulated tile, such as 2x8x8.")] = None,
     attention_share: Annotated[
@@ -103,12 +105,9 @@ def _check(options: dict[str, Any]) -> None:
 def _only_with(options: dict[str, Any], one_of: list[str], names: tuple[str, ...]) -> None:
     from fastdiff_kernels import InvalidInputError
 
-    if not any(options[name] for name in one_of):
-        for name in names:
-            if options[name] is not None:
-                raise InvalidInputError(
-                    f"{_option(name)} goes with {' or '.join(map(_option, one_of))}; give that too."
-                )
+    alone = next((name for name in names if options[name] is not None), None)
+    if alone is not None and not any(options[name] for name in one_of):
+        raise InvalidInputError(f"{_option(alone)} goes with {' or '.join(map(_option, one_of))}; give that too.")
 
 
 def _option(name: str) -> str:
@@ -169,12 +168,8 @@ def _place(query: str | None, grid: Grid) -> tuple[int, int, int]:
     if query is None:
         return grid.frames // 2, grid.height // 2, grid.width // 2
     words = [word.strip() for word in query.split(",")]
-    numbers = tuple(int(word) for word in words if word.isascii() and word.isdigit())
-    if (
-        len(numbers) != len(words)
-        or len(numbers) != 3
-        or any(n >= side for n, side in zip(numbers, sides, strict=True))
-    ):
+    numbers = tuple(int(word) if word.isascii() and word.isdigit() else grid.tokens for word in words)
+    if len(numbers) != 3 or any(number >= side for number, side in zip(numbers, sides, strict=True)):
         raise InvalidInputError(
             f"--query is {query!r}; give frame, row and column on the grid of {grid}, counted from 0, such as "
             f"{grid.frames // 2},{grid.height // 2},{grid.width // 2}."

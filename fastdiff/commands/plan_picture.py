@@ -85,13 +85,17 @@ def _cells(built: Any, grid: Grid) -> np.ndarray:
 
 
 def _show(axes: Axes, video: np.ndarray, where: tuple[int, int, int], title: str) -> None:
-    axes.imshow(_sheet(video, where[0]), interpolation="nearest")
+    sheet, (y, x) = _sheet(video, where)
+    axes.imshow(sheet, interpolation="nearest")
+    # One token of a large grid would hardly be seen.
+    axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=np.divide(QUERY, 255))
     axes.set(title=title)
     axes.set_axis_off()
 
 
-def _sheet(video: np.ndarray, frame: int) -> np.ndarray:
-    """The frames around one, side by side, uint8 `[height, width, 3]`."""
+def _sheet(video: np.ndarray, where: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """The frames around one, side by side, uint8 `[height, width, 3]`, and where a token stands on it."""
+    frame, row, column = where
     first = max(0, min(frame - MOST_FRAMES // 2, len(video) - MOST_FRAMES))
     video = video[first : first + MOST_FRAMES]
     _, height, width, _ = video.shape
@@ -102,4 +106,6 @@ def _sheet(video: np.ndarray, frame: int) -> np.ndarray:
     for index, picture in enumerate(video):
         y, x = index // columns * (height + gap), index % columns * (width + gap)
         sheet[y : y + height, x : x + width] = picture
-    return sheet
+        if first + index == frame:
+            place = (y + row, x + column)
+    return sheet, place

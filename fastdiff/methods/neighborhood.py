@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
-from fastdiff_kernels.box import Axes, BoxAxis, box_rule
+from fastdiff_kernels.box import Axes, box_rule
 from fastdiff_kernels.order import GridOrder
 from fastdiff_kernels.walk import choose_order
 
 from .base import MethodConfig, check_choice, check_density, largest_within
-from .neighborhood_axis import neighborhood_axis
+from .neighborhood_axis import AxisSetting
 
 log = logging.getLogger("fastdiff")
 
@@ -212,6 +212,10 @@ class NeighborhoodConfig(MethodConfig):
 
     def axes(self, grid: Grid) -> Axes:
         """What each axis of a grid sees."""
+        return tuple(setting.axis() for setting in self.axis_settings(grid))
+
+    def axis_settings(self, grid: Grid) -> tuple[AxisSetting, ...]:
+        """The settings of the axes (frames, height, width) of a grid, windows that do not fit clipped."""
         lengths = (grid.frames, grid.height, grid.width)
         extra = 3 - len(self.window)
         if any(length > 1 for length in lengths[:extra]):
@@ -221,13 +225,14 @@ class NeighborhoodConfig(MethodConfig):
             )
         settings = [(None, 1, 1, False)] * extra
         settings += zip(self.window, *(self._per_axis(name) for name in ("stride", "dilation", "causal")), strict=True)
-        axes = (
-            self._axis(*axis, *setting)
+        return tuple(
+            self._fitted(*axis, *setting)
             for axis, setting in zip(zip(_AXES, lengths, strict=True), settings, strict=True)
         )
-        return tuple(axes)
 
-    def _axis(self, name: str, length: int, width: int | None, stride: int, dilation: int, causal: bool) -> BoxAxis:
+    def _fitted(
+        self, name: str, length: int, width: int | None, stride: int, dilation: int, causal: bool
+    ) -> AxisSetting:
         if length == 1:
             width = stride = dilation = 1
         elif width is None:
@@ -243,7 +248,7 @@ class NeighborhoodConfig(MethodConfig):
             width = length // dilation
             stride = min(stride, width)
             _warn_once(f"{message}; clipped to a window of {width} with dilation {dilation}.")
-        return neighborhood_axis(length, width, stride, dilation, causal)
+        return AxisSetting(length, width, stride, dilation, causal)
 
     def _per_axis(self, name: str) -> tuple:
         value = getattr(self, name)

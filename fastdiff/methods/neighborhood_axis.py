@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from fastdiff_kernels.box import BoxAxis
+
+
+@dataclass(frozen=True)
+class AxisSetting:
+    """A config's settings on one axis of a grid, clipped to it; see `neighborhood_axis`."""
+
+    length: int
+    window: int | None
+    stride: int
+    dilation: int
+    causal: bool
+
+    def axis(self) -> BoxAxis:
+        return neighborhood_axis(self.length, self.window, self.stride, self.dilation, self.causal)
 
 
 def neighborhood_axis(

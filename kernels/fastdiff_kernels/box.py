@@ -115,10 +115,13 @@ class Simulation:
         true_density: Share of pairs that the rule keeps.
         visited_density: Computed tiles / tiles of dense attention, over all query tiles.
         worst_density: The same of the query tile that visits most.
-        full_share: Share of the visited tiles that need no test.
+        full_share: Share of the visited tiles whose queries all see all of its keys; padded ones among them need a
+            test of bounds alone.
         flop_bound: Speed-up if only kept pairs cost time, 1 / true_density.
         bound: Speed-up of attention if the worst query tile sets the time, 1 / worst_density.
-        perfect: Whether every visited tile is full: nothing is wasted and nothing tested.
+        perfect: Whether every visited tile is full, so that no pair is computed in vain.
+        padding: Pairs of slots / pairs of tokens. Densities and bound are those among tiles, padded ones included;
+            against dense attention without padding the bound is less by this factor.
     """
 
     true_density: float
@@ -128,6 +131,7 @@ class Simulation:
     flop_bound: float
     bound: float
     perfect: bool
+    padding: float
 
     def end_to_end(self, attention_share: float) -> float:
         """Speed-up of a model that spends this share of its time in attention.
@@ -142,7 +146,7 @@ class Simulation:
 
 def simulate(axes: Axes, query_tile: Tile, key_tile: Tile) -> Simulation:
     """Counts tiles axis by axis (arXiv 2504.16922 calls this the analytical model; its tool is not public)."""
-    true = visited = worst = full = 1.0
+    true = visited = worst = full = padding = 1.0
     for axis, query_side, key_side in zip(axes, query_tile, key_tile, strict=True):
         query, key = axis.tiles(query_side), axis.tiles(key_side)
         touched = _count(axis.touched(query, key))
@@ -150,8 +154,16 @@ def simulate(axes: Axes, query_tile: Tile, key_tile: Tile) -> Simulation:
         true *= float((axis.last - axis.first + 1).double().mean()) / len(axis.first)
         visited *= float(rows.mean())
         worst *= float(rows.max())
-        full *= float(_filled(axis, query, key, key_side).sum() / touched.sum())
-    return Simulation(true, visited, worst, full, 1 / true, 1 / worst, full == 1.0)
+        full *= float(_count(axis.whole(query, key)).sum() / touched.sum())
+        padding *= len(query.first) * query_side * len(key.first) * key_side / len(axis.first) ** 2
+    return Simulation(true, visited, worst, full, 1 / true, 1 / worst, full == 1.0, padding)
+
+
+def worst_share(axis: BoxAxis, query_side: int, key_side: int) -> float:
+    """The axis's factor of worst density x padding, so that tiles of unlike sides compare."""
+    query, key = axis.tiles(query_side), axis.tiles(key_side)
+    visited = int(_count(axis.touched(query, key)).max()) * key_side
+    return visited * len(query.first) * query_side / len(axis.first) ** 2
 
 
 def choose_tile(axes: Axes, tokens: int) -> Tile:
