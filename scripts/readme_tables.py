@@ -3,8 +3,9 @@
     python3 scripts/readme_tables.py               # writes README.md
     python3 scripts/readme_tables.py --check       # exit code 1 if README.md is not what the files say
 
-A section stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is a key of SECTIONS below. With
-`--missing-ok` a section whose file is not there is left as it is. Standard library only.
+A section stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; NAME is a key of SECTIONS below. Every file
+that is there must have its section. With `--missing-ok` a section whose file is not there is left as it is. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -137,6 +138,71 @@ def tiny_wan(report: dict[str, Any]) -> str:
     return table(head, rows) + "\n\n" + conditions
 
 
+def tiny_picture(report: dict[str, Any]) -> str:
+    """An embedded model that makes pictures, at each size and with each text length that was measured."""
+    rows = []
+    for name, found in report["prompts"].items():
+        rates, verdicts, settings = found["rates"], found["verdicts"], found["settings"]
+        single = sum(verdict["shape_right"] is not None for verdict in verdicts)
+        cells = [f"{100 * rates[kind]:.0f} %" for kind in ("colour", "shape", "pair_colours")]
+        rows.append([name, f"{settings['steps']}", f"{single} + {len(verdicts) - single}", *cells])
+    head = ["run as", "steps", "prompts (one + two objects)", "colour", "shape", "both colours of two"]
+    names = {"transformer": "transformer", "unet": "UNet", "vae": "VAE"}
+    names |= {"text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+    count = ", ".join(f"{names[part]} {millions(number)}" for part, number in report["parameters"].items())
+    size, fidelity = next(iter(report["vae"].items()))
+    guidance = " or ".join(sorted({f"{found['settings']['guidance']:g}" for found in report["prompts"].values()}))
+    conditions = (
+        f"Guidance {guidance}, seed {report['seed']} and on, dense; {report['gpu']}, {versions(report['versions'])}. "
+        f"Parameters: {count}; {report['bytes'] / 1e6:.1f} MB in all; {training_minutes(report['training']):.0f} "
+        f"minutes of training steps on that GPU. The VAE alone rebuilds unseen pictures of {size}×{size} at "
+        f"{fidelity['psnr']:.1f} dB, and in {100 * fidelity['read_back_rebuilt']['shape']:.0f} % of them the shape is "
+        "still read right."
+    )
+    return table(head, rows) + "\n\n" + conditions
+
+
+def fidelity(report: dict[str, Any]) -> str:
+    """How near methods stay to dense attention: one table for each pipeline of `scripts/fidelity.py`."""
+    densities, parts = report["plan"]["densities"], []
+    for model, found in report["pipelines"].items():
+        kept = dict.fromkeys((cell["label"], cell["dense_share"]) for cell in found["cells"])
+        rows = []
+        for label, share in kept:
+            cells = {
+                cell["target"]: closeness(cell)
+                for cell in found["cells"]
+                if (cell["label"], cell["dense_share"]) == (label, share)
+            }
+            steps = f"first {100 * share:.0f} %" if share else "none"
+            rows.append([label, steps, *(cells.get(density, "not run") for density in densities)])
+        frames = f"{found['num_frames']} frames of " if found["num_frames"] > 1 else ""
+        text = f" and {found['text_tokens']} of text" if found["text_tokens"] else ""
+        parts.append(
+            f"**{model}**, {frames}{found['height']}×{found['width']}, tokens {found['grid'].replace('x', '×')}{text}, "
+            f"{found['heads']} heads of {found['head_dim']} in the finest layers. Dense obeys "
+            f"{100 * found['dense']['recovered']:.0f} % of the prompts; dense with other seeds: "
+            f"{closeness(found['other_seed'])}.\n\n"
+            + table(["method", "dense steps", *(f"{density:g}" for density in densities)], rows)
+        )
+    conditions = (
+        "A cell says which density was reached, PSNR against the dense sample of the same seed (± standard deviation "
+        "over the prompts), SSIM, and how many prompts are obeyed; or the lowest density that the method has at this "
+        f"size. {report['plan']['prompts']} prompts, {report['plan']['steps']} steps, seed {report['seed']} and on; "
+        f"{where(report)}, {versions(report['versions'])}, commit {report['commit']}."
+    )
+    return "\n\n".join([*parts, conditions])
+
+
+def closeness(cell: dict[str, Any]) -> str:
+    """`0.29: 24.1 ± 2.0 dB, 0.92, 88 %`: reached density, PSNR, SSIM, obeyed prompts; or a method's floor."""
+    if "psnr" not in cell:
+        return "—" if cell["floor"] is None else f"floor {cell['floor']:.2f}"
+    reached = f"{cell['density']:.2f}: " if "density" in cell else ""
+    psnr = f"{cell['psnr']['mean']:.1f} ± {cell['psnr']['std']:.1f} dB"
+    return f"{reached}{psnr}, {cell['ssim']['mean']:.2f}, {100 * cell['recovered']:.0f} %"
+
+
 def training_minutes(training: dict[str, Any]) -> float:
     return sum(phase["seconds"] for stage in training.values() for phase in stage.values()) / 60
 
@@ -151,6 +217,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kernels": ("bench-kernels.json", bench),
     "portable": ("bench-portable.json", bench),
     "tiny-wan": ("tiny-wan-eval.json", tiny_wan),
+    "tiny-flux": ("tiny-flux-eval.json", tiny_picture),
+    "tiny-sd": ("tiny-sd-eval.json", tiny_picture),
+    "fidelity": ("fidelity.json", fidelity),
 }
 
 
@@ -180,13 +249,16 @@ def filled(readme: str, results: Path, missing_ok: bool = False) -> str:
         Stale: If a section is unknown, incomplete or missing, or its file cannot be read.
     """
     marked = re.findall(r"<!-- (?:begin|end): (\S+) -->", readme)
-    for name in sorted({*SECTIONS, *marked}):
+    there = {name for name, (file, _) in SECTIONS.items() if (results / file).exists()}
+    for name in sorted({*there, *marked}):
         if name not in SECTIONS:
             raise Stale(f"README.md has a section {name!r}; known are {', '.join(SECTIONS)}.")
         if len(re.findall(rf"<!-- begin: {name} -->.*?<!-- end: {name} -->", readme, re.DOTALL)) != 1:
             raise Stale(f"README.md needs exactly one <!-- begin: {name} --> with <!-- end: {name} --> behind it.")
     for name, (file, render) in SECTIONS.items():
         path = results / file
+        if name not in marked:
+            continue
         if missing_ok and not path.exists():
             continue
         try:

@@ -87,8 +87,9 @@ class TestScript:
 
     @pytest.fixture
     def folder(self, tmp_path):
-        for file in ("compare-tiny-wan.json", "compare-tiny-wan-h200.json", "tiny-wan-eval.json"):
-            (tmp_path / file).write_bytes((ROOT / "results" / file).read_bytes())
+        for file, _ in readme_tables.SECTIONS.values():
+            if (ROOT / "results" / file).exists():
+                (tmp_path / file).write_bytes((ROOT / "results" / file).read_bytes())
         sparse = {**self.RECORD, "kernel": "fastdiff torch", "density": 0.25, "milliseconds": 2.0}
         for file in ("bench-kernels.json", "bench-portable.json"):
             (tmp_path / file).write_text(json.dumps([self.RECORD, sparse]))
@@ -135,3 +136,39 @@ class TestScript:
         (folder / "compare-tiny-wan.json").write_text("{}")
         assert self.run(folder) == 1
         assert "compare-tiny-wan.json is not what section 'compare' expects: KeyError" in capsys.readouterr().err
+
+    def test_fidelity(self):
+        measured = {"psnr": {"mean": 24.12, "std": 2.04}, "ssim": {"mean": 0.917, "std": 0.1}, "recovered": 0.875}
+        cell = {"label": "clear", "dense_share": 0.25, "target": 0.3}
+        found = {
+            "num_frames": 1,
+            "height": 512,
+            "width": 256,
+            "grid": "1x64x32",
+            "text_tokens": 64,
+            "heads": 4,
+            "head_dim": 32,
+            "dense": {"recovered": 1.0},
+            "other_seed": measured,
+            "cells": [
+                {**cell, "density": 0.288, **measured},
+                {**cell, "target": 0.1, "floor": 0.152},
+                {**cell, "label": "paro", "target": 0.1, "floor": None},
+            ],
+        }
+        report = {"seed": 0, "gpu": "G", "commit": "abc", "versions": {"torch": "1.2.3"}}
+        report |= {"plan": {"densities": [0.1, 0.3], "prompts": 16, "steps": 12}, "pipelines": {"tiny-flux": found}}
+        text = readme_tables.fidelity(report)
+        assert "| clear | first 25 % | floor 0.15 | 0.29: 24.1 ± 2.0 dB, 0.92, 88 % |" in text
+        assert "| paro | first 25 % | — | not run |" in text
+        assert "**tiny-flux**, 512×256, tokens 1×64×32 and 64 of text" in text
+        assert "other seeds: 24.1 ± 2.0 dB, 0.92, 88 %." in text
+
+    def test_a_file_without_a_section(self, folder, capsys):
+        self.run(folder)
+        (folder / "fidelity.json").write_text("{}")
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = text.replace("<!-- begin: fidelity -->", "").replace("<!-- end: fidelity -->", "")
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        assert self.run(folder) == 1
+        assert "exactly one <!-- begin: fidelity -->" in capsys.readouterr().err
