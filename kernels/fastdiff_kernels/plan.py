@@ -14,6 +14,7 @@ from .errors import InvalidInputError
 from .kernel_rule import KernelRule, kernel_rule
 from .layout import TokenLayout
 from .order import GridOrder, Side, natural_order
+from .refine import really_touched
 from .rule import Rule, RuleKind, classify, pairs_visible
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -98,6 +99,9 @@ class BlockPlan:
         query_first, key_first = query.table[0, ::block_q], key.table[0, None, ::block_k, 3]
         seen_whole = (query_first[:, None, 3] & key_first) != 0
         by_rule = (query_first[:, None, 4] & key_first) != 0
+        if rule.kind == RuleKind.BOX:
+            unsure = touched & ~whole & by_rule & ~seen_whole
+            touched &= really_touched(rule, query, key, unsure) | ~unsure
         state = torch.where(by_rule, touched.to(torch.uint8) + (touched & whole).to(torch.uint8), 0)
         state = torch.where(seen_whole, FULL, state)
         return cls.from_states(query, key, state[None], rule)
