@@ -14,8 +14,15 @@ from fastdiff.methods import AgentConfig, build_plan, load_config
 from fastdiff.methods.agent import spread
 from fastdiff.methods.agent_planner import AgentPlanner, rotate
 from fastdiff.methods.agent_terms import AgentTerms
-from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
-from fastdiff_kernels.agent import agent_attention, pool_cells
+from fastdiff_kernels import (
+    Grid,
+    InvalidInputError,
+    Span,
+    TokenLayout,
+    UnsupportedError,
+    agent_attention,
+    pool_cells,
+)
 from fastdiff_patches.attachment import find
 from fastdiff_patches.planner import Extras
 

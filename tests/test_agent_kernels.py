@@ -10,9 +10,17 @@ from agent_truth import around, cell_means, tensors, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
-from fastdiff_kernels.agent import AgentBias, agent_attention, pool_cells
-from fastdiff_kernels.agent_plan import AgentPlan
+from fastdiff_kernels import (
+    AgentBias,
+    AgentPlan,
+    Grid,
+    InvalidInputError,
+    Span,
+    TokenLayout,
+    UnsupportedError,
+    agent_attention,
+    pool_cells,
+)
 
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
 GRID, CELLS = Grid(3, 5, 7), Grid(2, 2, 3)

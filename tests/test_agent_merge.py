@@ -12,8 +12,7 @@ import fastdiff
 from fastdiff.methods import AgentConfig
 from fastdiff.methods.agent_merge import draw, match, merge, pool_matched, unmerge
 from fastdiff.methods.agent_planner import rotate
-from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError
-from fastdiff_kernels.agent_plan import AgentPlan
+from fastdiff_kernels import AgentPlan, Grid, InvalidInputError, UnsupportedError
 from fastdiff_patches.attachment import find
 from fastdiff_patches.planner import Extras
 

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastdiff_kernels import Grid, InvalidInputError, TokenLayout, UnsupportedError
-from fastdiff_kernels.agent_plan import AgentPlan
+from fastdiff_kernels import AgentPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
 from fastdiff_kernels.agent_spans import AgentSpans
 
 from .base import MethodConfig, check_choice, check_density, check_number, largest_within
@@ -47,14 +46,16 @@ class AgentConfig(MethodConfig):
             safer. It draws from the pipeline's generator, and needs a model without text in its sequence.
         steps: Share of the denoising run in which agents act, from (included) to (excluded). A longer one is
             faster, a shorter one safer. Outside a run they act.
-        k_scale2: The scores of the agents are scaled by head_dim ** (-0.5 * k_scale2), 0 to 1. Smaller is sharper;
-            1 is what trained models have.
-        k_shortcut: What part of its own value every grid token gets besides, 0 to 1. More keeps more of what
-            agents lose, up to a point.
+        k_scale2: The scores of the agents are scaled by head_dim ** (-0.5 * k_scale2), 0 to 1; no matter of speed.
+            Smaller lets a query choose its agents more sharply, 1 is what trained models have.
+        k_shortcut: What part of its own value every grid token gets besides, 0 to 1; no matter of speed. It gives
+            back some of the detail that agents lose; the published 0.075 is the safe choice.
         merge_ratio: With `"merge"`, the share of the tokens that are replaced by the one they resemble, from 0 up to
             below 1, before the layer and undone after it. More is faster, less is safer.
-        bias: Learned biases of both softmaxes, zero at first; they need `agents` as cells.
-        convolution: A learned depth-wise convolution of the values instead of `k_shortcut`, which is its start.
+        bias: Learned biases of both softmaxes, zero at first; they need `agents` as cells. Slower, and safer once
+            they are trained.
+        convolution: A learned depth-wise convolution of the values instead of `k_shortcut`, which is its start;
+            likewise.
     """
 
     method: ClassVar[str] = "agent"

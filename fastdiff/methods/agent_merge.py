@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastdiff_kernels.agent_plan import AgentPlan
+from fastdiff_kernels import AgentPlan
 
 # A generator of Lehmer's kind: its products stay far below 2**63, so they are the same on every device.
 _PRIME, _FACTOR, _SPREAD = 2**31 - 1, 48271, 69621

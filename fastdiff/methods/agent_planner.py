@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
-from fastdiff_kernels.agent import agent_attention, hide_values, pool_cells
-from fastdiff_kernels.agent_plan import AgentPlan
+from fastdiff_kernels import AgentPlan, InvalidInputError, TokenLayout, UnsupportedError, agent_attention, pool_cells
+from fastdiff_kernels.agent import hide_values
 
 from .agent import AgentConfig
 from .agent_merge import Matching, match, merge, pool_matched, unmerge

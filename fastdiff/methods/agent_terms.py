@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdiff_kernels import Grid
-from fastdiff_kernels.agent import AgentBias
+from fastdiff_kernels import AgentBias, Grid
 
 # Points on each axis (frames, height, width) of the map of an agent, and of its vector along each axis.
 _MAP, _VECTOR = (4, 7, 7), 32

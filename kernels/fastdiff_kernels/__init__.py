@@ -1,5 +1,7 @@
 """Attention operators: tensors and a plan in, a tensor out. Needs torch (and triton on GPUs), knows no model."""
 
+from .agent import AgentBias, agent_attention, pool_cells
+from .agent_plan import AgentPlan
 from .attention import attention, backends, choose_backend
 from .errors import FastDiffError, InvalidInputError, MissingDependencyError, UnsupportedError
 from .layout import Grid, Span, TokenLayout
@@ -11,6 +13,8 @@ __all__ = [
     "EMPTY",
     "FULL",
     "PARTIAL",
+    "AgentBias",
+    "AgentPlan",
     "BlockList",
     "BlockPlan",
     "FastDiffError",
@@ -23,11 +27,13 @@ __all__ = [
     "Span",
     "TokenLayout",
     "UnsupportedError",
+    "agent_attention",
     "attention",
     "backends",
     "centred",
     "choose_backend",
     "natural_order",
+    "pool_cells",
     "raster_order",
     "snake_order",
     "visibility_bits",
