@@ -92,7 +92,8 @@ class _Parts:
         low, high = [], []
         for axis in range(3):
             first, last = rule.axis_tables(axis)
-            at = ends[axis].masked_fill(empty, 0).long()
+            # Spans that the rule has no say in may stand beyond its tables.
+            at = ends[axis].masked_fill(empty, 0).clamp(max=len(first) - 1).long()
             low.append(first[at].masked_fill(empty, most))
             high.append(last[at].masked_fill(empty, -1))
         return cls(torch.stack(low), torch.stack(high), corner)
