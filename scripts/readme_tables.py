@@ -45,12 +45,14 @@ def compare(report: dict[str, Any]) -> str:
         f"{name} {report['config'][name]:.3g}" if name == "decay_factor" else f"{name} {report['config'][name]}"
         for name in ("mode", "decay_factor")
     )
+    others = report["steps"] - 1
+    timed = sorted({str(report.get(f"timed_steps_{side}", others)) for side in ("dense", "sparse")}, reverse=True)
     conditions = (
         f"“{report['prompt']}”: {report['num_frames']} frames of {report['width']}×{report['height']}, "
         f"{report['tokens']} tokens ({report['grid'].replace('x', '×')}), {report['heads']} heads of "
         f"{report['head_dim']}, {report['steps']} steps of which {dense_steps(report)} stay dense, seed "
         f"{report['seed']}; {config}; backend {report['backend']}, {report['dtype']} on {where(report)}; each video "
-        f"once after a warm-up step, a step is the median of {report['steps'] - 1}, attention alone the median of "
+        f"once after a warm-up step, a step is the median of {' and '.join(timed)}, attention alone the median of "
         f"{alone['dense']['repeats']} (spread {1e3 * alone['dense']['spread']:.1f} and "
         f"{1e3 * alone['sparse']['spread']:.1f} ms between the quartiles); {versions(report['versions'])}."
     )

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastdiff import assets, cli
-from fastdiff.commands import options, pipelines, sizes
+from fastdiff.commands import options, pipelines, running, sizes
 from fastdiff.methods import METHODS
 from fastdiff_patches import attachment, locate
 
@@ -167,6 +167,13 @@ class TestMethods:
                 with sparse_attention(pipe, request, job, config) as described:
                     assert described.dense_steps == expected
 
+    def test_late_agents(self, folders, tmp_path):
+        more = ["--method", "agent", "--config", '{"agents": 16, "steps": [0.5, 1.0]}', "--output", str(tmp_path)]
+        assert cli.main(words(folders, "compare", "sd", *more)) == 0
+        found = json.loads((tmp_path / "report.json").read_text())
+        assert found["sparse_steps"] == [1]
+        assert found["mean_density"] == pytest.approx((1 + found["density"]) / 2, abs=0.01)
+
     def test_the_model_names_a_method_where_none_is_asked_for(self, monkeypatch):
         asked = {"dense_steps": None, "dense_layers": "0", "device": "auto", "dtype": "auto"}
         blank = dict.fromkeys(options.Request.__dataclass_fields__) | asked
@@ -269,3 +276,12 @@ class TestSizes:
 def request_for(model: str, **asked) -> options.Request:
     blank = dict.fromkeys(options.Request.__dataclass_fields__)
     return options.Request(**{**blank, "method": "dense", "dense_layers": 0, "model": model, **asked})
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        ("steps", "expected"), [((), [2, 3, 4]), ((0,), [9]), ((0, 2), [3]), ((2, 3), [3, 4]), ((7,), [20])]
+    )
+    def test_the_first_step_counts_only_alone(self, steps, expected):
+        run = running.Run(torch.zeros(1, 3, 2, 2), 20.0, (9.0, 2.0, 3.0, 4.0))
+        assert run.timed(steps) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from fastdiff.assets import EMBEDDED
 
 from .options import Request, defaults_for, settings_for
 from .pipelines import Job
-from .running import arguments
+from .running import arguments, warm_up
 from .screen import stage
 from .sizes import finest_layer
 
@@ -31,6 +31,7 @@ class SparseAttention:
         planner: The method at work, None for dense attention.
         density: Of the layers and steps that are sparse. Layers of different sizes count by their scores.
         mean_density: Over all steps and layers.
+        sparse_steps: The steps in which some layer is sparse.
         backend: The backend that runs.
     """
 
@@ -38,6 +39,7 @@ class SparseAttention:
     planner: Any = None
     density: float = 1.0
     mean_density: float = 1.0
+    sparse_steps: tuple[int, ...] = ()
     dense_steps: int | list[int] = 0
     dense_layers: int | list[int] = 0
     backend: str | None = None
@@ -56,6 +58,7 @@ class SparseAttention:
             "config": config,
             "density": self.density,
             "mean_density": self.mean_density,
+            "sparse_steps": list(self.sparse_steps),
             "dense_steps": self.dense_steps,
             "dense_layers": self.dense_layers,
             "backend": self.backend,
@@ -97,14 +100,11 @@ def calibrated(pipe: Any, job: Job, density: float, prompts: list[str], path: Pa
 
 
 @contextlib.contextmanager
-def sparse_attention(
-    pipe: Any, request: Request, job: Job, config: Any, schedule: bool = True
-) -> Iterator[SparseAttention]:
+def sparse_attention(pipe: Any, request: Request, job: Job, config: Any) -> Iterator[SparseAttention]:
     """Applies a method while the body runs; leaves the pipeline alone for the method `dense`.
 
     Args:
         config: The method's config, None for `dense`.
-        schedule: Whether the requested dense steps and layers are kept.
 
     Raises:
         FastDiffError: If the config does not fit, or the model cannot take the method.
@@ -114,10 +114,24 @@ def sparse_attention(
     if config is None:
         yield SparseAttention()
         return
-    kept = {"dense_steps": _dense_steps(request, job, config), "dense_layers": request.dense_layers} if schedule else {}
+    kept = {"dense_steps": _dense_steps(request, job, config), "dense_layers": request.dense_layers}
     fastdiff.apply(pipe, config, **kept)
     try:
         yield _described(pipe, job, config, kept)
+    finally:
+        fastdiff.remove(pipe)
+
+
+def warm_up_sparse(pipe: Any, job: Job, config: Any) -> None:
+    """One step under a method, no step and no layer dense; its result is dropped."""
+    import fastdiff
+
+    if config.method == "agent":
+        # A run of one step has no early and no late part.
+        config = replace(config, steps=(0.0, 1.0))
+    fastdiff.apply(pipe, config)
+    try:
+        warm_up(pipe, job)
     finally:
         fastdiff.remove(pipe)
 
@@ -139,6 +153,7 @@ def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> Sparse
 
     whole = TokenLayout.self_attention(job.grid, text_before=job.text_tokens)
     scores, sparse, computed, all_scores = 0, 0.0, 0.0, 0
+    sparse_steps: set[int] = set()
     densities: dict[Any, float] = {None: 1.0}
     for model in locate.transformers(pipe).values():
         attached = attachment.find(model)
@@ -154,12 +169,14 @@ def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> Sparse
                     densities[plan] = plan.density()
                 computed, all_scores = computed + size * densities[plan], all_scores + size
                 if plan is not None:
+                    sparse_steps.add(step)
                     sparse, scores = sparse + size * densities[plan], scores + size
     return SparseAttention(
         config,
         attached.planner,
         sparse / scores if scores else 1.0,
         computed / all_scores,
+        tuple(sorted(sparse_steps)),
         backend=fastdiff.summary(pipe).models[0].runs_on,
         **kept,
     )

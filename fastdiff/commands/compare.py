@@ -77,7 +77,7 @@ def compare(
 def _run(request: o.Request, output: Path) -> dict[str, Any]:
     from fastdiff.measure import report
 
-    from .attention import config_for, sparse_attention
+    from .attention import config_for, sparse_attention, warm_up_sparse
     from .outputs import check_room, staged
     from .pictures import require_writers
     from .pipelines import prepare
@@ -95,8 +95,7 @@ def _run(request: o.Request, output: Path) -> dict[str, Any]:
             pass
         with stage("Warming up"):
             warm_up(pipe, job)
-            with sparse_attention(pipe, request, job, config, schedule=False):
-                warm_up(pipe, job)
+            warm_up_sparse(pipe, job, config)
         dense_run = generate_once(pipe, job, "Generating (dense)")
         with sparse_attention(pipe, request, job, config):
             sparse_run = generate_once(pipe, job, f"Generating ({request.method}, density {sparse.density:.2f})")
@@ -138,8 +137,10 @@ def _measure(
         "ssim": quality.ssim(sparse_run.frames, dense_run.frames),
         "attention_speedup": alone.speedup,
         "attention": alone.to_dict(),
-        "seconds_per_step_dense": dense_run.seconds_per_step,
-        "seconds_per_step_sparse": sparse_run.seconds_per_step,
+        "seconds_per_step_dense": dense_run.seconds_per_step(),
+        "seconds_per_step_sparse": sparse_run.seconds_per_step(sparse.sparse_steps),
+        "timed_steps_dense": len(dense_run.timed()),
+        "timed_steps_sparse": len(sparse_run.timed(sparse.sparse_steps)),
         "identical": bool((sparse_run.frames == dense_run.frames).all()),
         **job.to_dict(),
         "tokens": job.grid.tokens,
@@ -164,7 +165,7 @@ def _write(folder: Path, job: Job, result: dict[str, Any], dense_run: Run, spars
         write(folder / (name + suffix), images(run.frames), job.fps)
     large = {name: images(run.frames, LEAST_SIDE) for name, run in runs.items()}
     method = f"{result['method']}, density {result['density']:.2f}"
-    times = {name: f"{run.seconds_per_step:.2f} s/step" for name, run in runs.items()}
+    times = {name: f"{result[f'seconds_per_step_{name}']:.2f} s/step" for name in runs}
     labels = (f"dense, {times['dense']}", f"{method}, {times['sparse']}")
     write(folder / f"side_by_side{suffix}", beside(large["dense"], large["sparse"], labels), job.fps)
     if not job.is_video:

@@ -16,7 +16,7 @@ OPTIONAL = {
     "imageio": "writing videos",
     "imageio_ffmpeg": "writing videos",
     "matplotlib": "pictures of plans",
-    "PIL": "contact sheets",
+    "PIL": "writing pictures",
     "torchmetrics": "PSNR and SSIM",
 }
 
@@ -126,9 +126,10 @@ def _problems() -> list[dict[str, str]]:
     if triton is not None and tuple(int(part) for part in triton.split(".")[:2]) < TESTED_TRITON:
         tested = ".".join(map(str, TESTED_TRITON))
         found.append(problem(f"triton {triton}", f"older than {tested}, the oldest tested", "install a newer torch"))
-    if _models().get("tiny-wan") == "missing":
-        do = "install fastdiff-attention anew, or give --model"
-        found.append(problem("tiny-wan missing", "generate and compare use it by default", do))
+    lost = [name for name, place in _models().items() if place == "missing"]
+    if lost:
+        why = "embedded models of generate and compare"
+        found.append(problem(f"{', '.join(lost)} missing", why, "install fastdiff-attention anew, or give --model"))
     return found
 
 

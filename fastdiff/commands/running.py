@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,21 @@ class Run:
     Attributes:
         frames: `[frames, 3, height, width]`, float32 on the CPU, in [0, 1]; a picture is one frame.
         seconds: The whole pipeline call: text, denoising, decoding.
-        seconds_per_step: Median of the denoising steps.
+        step_seconds: The denoising steps one by one; the first also pays for the text encoder.
     """
 
     frames: torch.Tensor
     seconds: float
-    seconds_per_step: float
+    step_seconds: tuple[float, ...]
 
-    def to_dict(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "seconds_per_step": self.seconds_per_step}
+    def timed(self, steps: Sequence[int] = ()) -> list[float]:
+        """The times of some steps, by default of all; without the first, if there are others."""
+        chosen = [time for step, time in enumerate(self.step_seconds) if step in steps or not steps]
+        return (chosen[1:] if 0 in steps or not steps else chosen) or chosen or [self.seconds]
+
+    def seconds_per_step(self, steps: Sequence[int] = ()) -> float:
+        """Median over such steps."""
+        return statistics.median(self.timed(steps))
 
 
 def generate_once(pipe: Any, job: Job, title: str) -> Run:
@@ -64,9 +71,8 @@ def generate_once(pipe: Any, job: Job, title: str) -> Run:
     frames = frames.detach().float().cpu()
     if not bool(torch.isfinite(frames).all()):
         raise NotFiniteError(f"{title}: the result has values that are not finite; try --dtype float32.")
-    durations = [after - before for before, after in zip([start, *marks], marks, strict=False)]
-    # The first step also pays for the text encoder.
-    return Run(frames.clamp(0, 1), seconds, statistics.median(durations[1:] or durations or [seconds]))
+    steps = tuple(after - before for before, after in zip([start, *marks], marks, strict=False))
+    return Run(frames.clamp(0, 1), seconds, steps)
 
 
 def warm_up(pipe: Any, job: Job) -> None:

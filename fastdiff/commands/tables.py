@@ -25,7 +25,7 @@ def comparison(report: dict[str, Any], folder: Path) -> None:
         table.add_row("density, mean over steps and layers", "1", f"{report['mean_density']:.3f}", "")
     rows = (
         ("whole run, s", report["seconds_dense"], report["seconds_sparse"], "{:.2f}"),
-        ("denoising step, s", report["seconds_per_step_dense"], report["seconds_per_step_sparse"], "{:.3f}"),
+        ("sparse denoising step, s", report["seconds_per_step_dense"], report["seconds_per_step_sparse"], "{:.3f}"),
         ("attention alone, ms", 1e3 * alone["dense"]["median"], 1e3 * alone["sparse"]["median"], "{:.1f}"),
     )
     for name, dense, sparse, form in rows:
@@ -39,6 +39,9 @@ def comparison(report: dict[str, Any], folder: Path) -> None:
     videos = ("side_by_side.mp4", "frames.png", "report.json", "dense.mp4", "sparse.mp4")
     files = videos if report["fps"] else ("side_by_side.png", "report.json", "dense.png", "sparse.png")
     out.print(f"Results in {folder}: {', '.join(files)}", markup=False)
+    calibration = report["config"].get("calibration")
+    if calibration:
+        out.print(f"Calibration in {calibration}; --config takes it for other prompts and seeds.", markup=False)
 
 
 def size(report: dict[str, Any]) -> str:
