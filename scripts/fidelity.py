@@ -36,6 +36,8 @@ log = logging.getLogger("fidelity")
 ROOT = Path(__file__).resolve().parent.parent
 # How far the seeds of the yardstick are from the measured ones.
 OTHER_SEEDS = 1000
+# Numbers of one file are of the same:
+MUST_AGREE = ("seed", "plan", "commit", "device", "gpu", "versions")
 
 # Blocks of 32 tokens, since grids of some thousand tokens have few blocks.
 ENTRIES = (
@@ -93,7 +95,7 @@ class Record:
         self.data = report.plain({**conditions, "pipelines": {}})
         if resume and path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-            unlike = [name for name in conditions if name != "command" and old.get(name) != self.data[name]]
+            unlike = [name for name in MUST_AGREE if old.get(name) != self.data.get(name)]
             if unlike:
                 raise Unfit(f"{path} was made with other {', '.join(unlike)}; leave --resume out, or run as it was.")
             self.data = old
@@ -118,11 +120,11 @@ def cells(plan: Plan, chosen: list[str]) -> Iterator[tuple[Entry, float, float]]
                 yield entry, density, share
 
 
-def run(model: str, plan: Plan, record: Record, options: argparse.Namespace, late: Late, folder: Path) -> None:
-    """All cells of one pipeline that are not on record yet."""
+def run(model: str, plan: Plan, record: Record, options: argparse.Namespace, late: Late, folder: Path) -> int:
+    """All cells of one pipeline that are not on record yet; returns how many failed."""
     todo = [cell for cell in cells(plan, options.methods) if not record.has(model, *cell)]
     if not todo or late():
-        return
+        return 0
     log.info("%s: loading, dense samples", model)
     bench = Bench(model, plan, options.seed, options.device)
     found = record.pipeline(model)
@@ -131,10 +133,10 @@ def run(model: str, plan: Plan, record: Record, options: argparse.Namespace, lat
         found["other_seed"] = bench.measure(bench.samples(options.seed + OTHER_SEEDS))
         log.info("%s: dense %.0f %% obeyed, other seeds %.1f dB", model, *figures(found))
     record.write()
-    config, config_of = None, None
+    config, config_of, failed = None, None, 0
     for entry, density, share in todo:
         if late():
-            return
+            break
         began = time.perf_counter()
         cell = {"label": entry.label, "method": entry.method, "target": density, "dense_share": share}
         try:
@@ -145,10 +147,16 @@ def run(model: str, plan: Plan, record: Record, options: argparse.Namespace, lat
         except FastDiffError as error:
             config_of = None
             cell |= {"floor": floor_in(str(error)), "why": str(error)}
+        except Exception:
+            # One cell must not cost the others their time on the device; --resume tries it again.
+            log.exception("%s, %s, density %g: left out", model, entry.label, density)
+            config_of, failed = None, failed + 1
+            continue
         cell["seconds"] = round(time.perf_counter() - began, 2)
         found["cells"].append(report.plain(cell))
         record.write()
         log.info("%s, %s, density %g, %.0f %% dense steps: %s", model, entry.label, density, 100 * share, brief(cell))
+    return failed
 
 
 def floor_in(message: str) -> float | None:
@@ -215,11 +223,10 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("%s", error)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        for model in options.pipelines:
-            run(model, plan, record, options, late, Path(folder))
+        failed = sum(run(model, plan, record, options, late, Path(folder)) for model in options.pipelines)
     record.write()
     draw(record.data, options.out / "fidelity.png")
-    return 0
+    return 1 if failed else 0
 
 
 def methods() -> list[str]:

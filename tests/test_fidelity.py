@@ -84,6 +84,20 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert run(tmp_path, *more, "--resume")[1]["pipelines"]["tiny-sd"]["cells"] == done
 
 
+def test_a_failed_cell_costs_no_other(tmp_path, monkeypatch):
+    config = fidelity_bench.Bench.config
+
+    def broken(self, entry, density, folder):
+        if density == 0.001:
+            raise RuntimeError("a bug")
+        return config(self, entry, density, folder)
+
+    monkeypatch.setattr(fidelity_bench.Bench, "config", broken)
+    code, found = run(tmp_path, "--pipelines", "tiny-sd", "--methods", "clear")
+    assert code == 1
+    assert [cell["target"] for cell in found["pipelines"]["tiny-sd"]["cells"]] == [0.7]
+
+
 def test_does_not_mix_conditions(tmp_path, caplog):
     few = ("--pipelines", "tiny-sd", "--methods", "clear")
     run(tmp_path, *few, "--seconds", "0")
