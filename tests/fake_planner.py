@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from fastdiff.schedule import DenseSchedule
+from fastdiff_patches.attachment import Attachment
+from fastdiff_patches.steps import StepReader
+
 
 @dataclass(eq=False)
 class FakePlan:
@@ -73,3 +77,33 @@ class FakePlanner:
     def steps_asked(self) -> list[int | None]:
         """The step of each forward that was sparse in layer 0 of some model."""
         return [asked["step"] for asked in self.asked if asked["layer"] == 0]
+
+
+class UsingPlanner(FakePlanner):
+    """Its output depends on all that it is given, and it runs compiled."""
+
+    def attend(self, query, key, value, plan, extras):
+        found = extras.inputs
+        if "pre_rope_query" in self.needs:
+            query = query + found["pre_rope_query"]
+        if found.get("rotary") is not None:
+            cos, sin = found["rotary"]
+            query = query * (1 + cos[:, None] + sin[:, None])
+        if "block_input" in self.needs:
+            value = value * (1 + found["block_input"].mean() + found["attention"].to_q.weight.mean())
+        if "seed" in self.needs:
+            value = value * (1 + (found["seed"] % 7).float() / 7)
+        return super().attend(query, key, value, plan, extras)
+
+
+def model_of(target):
+    """A pipeline's model, or the model itself."""
+    return getattr(target, "unet", getattr(target, "transformer", target))
+
+
+def put_on(target, planner, dense_layers=0, dense_steps=0) -> FakePlanner:
+    """Puts a planner on a model, or on a pipeline's, which then tells the step."""
+    model = model_of(target)
+    steps = StepReader([] if model is target else [target])
+    Attachment(model, planner, DenseSchedule(dense_steps, dense_layers), steps).install(model)
+    return planner

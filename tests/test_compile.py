@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from fake_planner import UsingPlanner, put_on
 from tiny_models import compile_as, forward, tiny_wan_pipeline, video
+from tiny_picture_models import picture, tiny_flux_pipeline, tiny_sd_pipeline
 
 import fastdiff
 from fastdiff_patches.attachment import find
+from fastdiff_patches.planner import NEEDS
 
 torch.set_num_threads(1)
 
@@ -80,3 +83,47 @@ def test_layers_of_unequal_plans_share_a_graph():
     attached.planner.plan = lambda layout, *, layer, **_: configs[layer].build_plan(layout)
     forward(model)
     assert graphs() == 1
+
+
+# For each family a small and a deep pipeline, and one step of it.
+PIPELINES = {
+    "wan": (tiny_wan_pipeline, {"layers": 10}, lambda pipe: video(pipe, steps=1, height=48, width=80)),
+    "flux": (tiny_flux_pipeline, {"layers": 2, "single_layers": 9}, lambda pipe: picture(pipe, num_inference_steps=1)),
+    "unet": (tiny_sd_pipeline, {}, lambda pipe: picture(pipe, num_inference_steps=1)),
+}
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "model.compile", "blocks"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_planners_need(name, way):
+    """All that a family supplies, in full graphs; compiled by blocks, all sparse blocks of a kind share one."""
+    build, deep, call = PIPELINES[name]
+    if way != "blocks":
+        deep = {"levels": 2} if name == "unet" else {}
+    component = "unet" if name == "unet" else "transformer"
+
+    def patched(pipe):
+        needs = frozenset(NEEDS) - ({"block_input"} if name == "flux" else set())
+        put_on(pipe, UsingPlanner(needs=needs, learned=True, keep_extras=False))
+        return find(getattr(pipe, component)).layers
+
+    expected_graphs = 1
+    if way == "blocks":
+        untouched = build(**deep)
+        compile_as(untouched, way, "eager")
+        call(untouched)
+        # The middle of the UNet stays dense, in a graph of its own.
+        expected_graphs = graphs() + (name == "unet")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    pipe, twin = build(**deep), build(**deep)
+    layers = patched(pipe)
+    # Before anything has run uncompiled, as users do.
+    compile_as(pipe, way, "eager")
+    found = call(pipe)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert graphs() == expected_graphs
+    assert all(layer.block_input is None for layer in layers)
+    for layer, other in zip(layers, patched(twin), strict=True):
+        other.parameters.load_state_dict(layer.parameters.state_dict())
+    torch.testing.assert_close(found, call(twin), atol=1e-4, rtol=1e-3)

@@ -236,8 +236,8 @@ def test_learned_parameters_sit_on_the_module(model):
 
 
 def test_needs_that_no_family_supplies_are_refused(model):
-    with pytest.raises(UnsupportedError, match="needs block_input, which family 'wan' does not supply"):
-        put_on(model, FakePlanner(needs=frozenset({"block_input", "seed"})))
+    with pytest.raises(UnsupportedError, match="needs pixels, which family 'wan' does not supply"):
+        put_on(model, FakePlanner(needs=frozenset({"pixels", "seed"})))
 
 
 def test_gradients_and_checkpointing(model):

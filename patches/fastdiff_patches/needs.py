@@ -33,7 +33,9 @@ class KeepInput:
         self.layer = layer
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.layer.block_input = args[0] if args else kwargs["hidden_states"]
+        # A layer that is dense would never take it.
+        if self.layer.active:
+            self.layer.block_input = args[0] if args else kwargs["hidden_states"]
 
 
 # Where blocks are compiled one by one, their hooks run before their graph. Compiled as a function of its own, the

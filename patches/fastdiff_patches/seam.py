@@ -47,8 +47,10 @@ class Layer(Protocol):
 class _Here(threading.local):
     # Set inside the processor's call and not by a context variable: torch.compile cannot trace those, and
     # checkpointed blocks run again in autograd's own threads.
-    layer: Layer | None = None
-    inputs: dict[str, Any] | None = None
+    # In __init__, which each thread runs: torch.compile guards on which attributes the object itself has.
+    def __init__(self):
+        self.layer: Layer | None = None
+        self.inputs: dict[str, Any] | None = None
 
 
 _here = _Here()
@@ -171,8 +173,9 @@ def _adopted_class(cls: type) -> type:
                 layer.left(self)
             return out
 
-        # Modules drop the keyword arguments that a processor's signature does not name, RoPE among them.
-        __call__.__signature__ = inspect.signature(call)
+        # For its signature: modules drop the keyword arguments that it does not name, RoPE among them. Some look while
+        # torch.compile traces them, and then a ready `__signature__` is not allowed where a dict has changed before.
+        __call__.__wrapped__ = call
         members = {
             "__call__": __call__,
             "__module__": cls.__module__,
