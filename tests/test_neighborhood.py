@@ -1,7 +1,7 @@
-"""Neighborhood: the published semantics token by token, the published bounds, tiles, refusals."""
+"""Neighborhood: the published semantics token by token, its shapes and presets, layouts, refusals."""
 
-import itertools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fastdiff.methods import NeighborhoodConfig, load_config
 from fastdiff.methods.neighborhood_axis import neighborhood_axis
-from fastdiff_kernels import Grid, InvalidInputError, TokenLayout
-from fastdiff_kernels.box import choose_tile, simulate
+from fastdiff.methods.neighborhood_presets import neighborhood_presets
+from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
 from fastdiff_kernels.reference import dense_mask
 
 
@@ -43,6 +43,15 @@ def truth(grid: Grid, axes: list[tuple]) -> torch.Tensor:
     return mask.reshape(grid.tokens, grid.tokens)
 
 
+def counted_density(plan) -> float:
+    """Area of the blocks in which any token sees any other / pairs of tokens."""
+    blocks = 0
+    for row in range(plan.query_blocks):
+        seen = plan.slot_mask(0, row).unflatten(1, (-1, plan.key.block))
+        blocks += int(seen.any(2).any(0).sum())
+    return blocks * plan.query.block * plan.key.block / (plan.query_tokens * plan.key_tokens)
+
+
 axis_settings = st.integers(1, 11).flatmap(
     lambda length: (
         st.just((1, 1, 1, 1, False))
@@ -69,7 +78,9 @@ def test_plan_equals_the_definition(axes, before, after):
     expected = torch.ones(layout.query_tokens, layout.key_tokens, dtype=torch.bool)
     inner = slice(before, before + grid.tokens)
     expected[inner, inner] = truth(grid, [axis[1:] for axis in axes])
-    assert torch.equal(dense_mask(config.build_plan(layout))[0], expected)
+    plan = config.build_plan(layout)
+    assert torch.equal(dense_mask(plan)[0], expected)
+    assert plan.density() == counted_density(plan)
 
 
 @pytest.mark.parametrize(("length", "width"), [(9, 4), (12, 5), (7, 7)])
@@ -78,68 +89,6 @@ def test_every_query_sees_exactly_its_window(length, width):
     assert (axis.last - axis.first + 1 == width).all()
     assert (axis.first <= torch.arange(length)).all()
     assert (torch.arange(length) <= axis.last).all()
-
-
-def axes_of(lengths, windows, strides):
-    return tuple(neighborhood_axis(*axis) for axis in zip(lengths, windows, strides, strict=True))
-
-
-HUNYUAN, FLUX, COSMOS = (30, 48, 80), (1, 256, 256), (16, 44, 80)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "window", "stride", "query_tile", "key_tile", "bound"),
-    [
-        (HUNYUAN, (18, 24, 24), (1, 1, 1), (4, 8, 8), (2, 8, 8), 3.27),
-        (HUNYUAN, (18, 24, 24), (16, 8, 8), (4, 8, 8), (2, 8, 8), 11.11),
-        (FLUX, (1, 80, 80), (1, 1, 1), (1, 16, 16), (1, 16, 8), 6.1),
-        (FLUX, (1, 80, 80), (1, 16, 1), (1, 16, 16), (1, 16, 8), 8.53),
-        (FLUX, (1, 80, 80), (1, 16, 16), (1, 16, 16), (1, 16, 8), 10.24),
-    ],
-)
-def test_published_bounds(lengths, window, stride, query_tile, key_tile, bound):
-    found = simulate(axes_of(lengths, window, stride), query_tile, key_tile)
-    assert found.bound == pytest.approx(bound, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "window", "stride", "tiles", "share", "published"),
-    [
-        (COSMOS, (16, 24, 16), (1, 1, 1), ((8, 4, 8), (4, 4, 8)), 0.587, 1.90),
-        (COSMOS, (16, 24, 16), (1, 8, 1), ((8, 4, 8), (4, 4, 8)), 0.587, 1.96),
-        (COSMOS, (16, 24, 16), (1, 1, 16), ((8, 4, 8), (4, 4, 8)), 0.587, 2.05),
-        (COSMOS, (16, 24, 16), (1, 8, 16), ((8, 4, 8), (4, 4, 8)), 0.587, 2.10),
-        (HUNYUAN, (18, 24, 24), (1, 1, 1), ((4, 8, 8), (2, 8, 8)), 0.607, 1.73),
-        (HUNYUAN, (18, 24, 24), (16, 8, 8), ((4, 8, 8), (2, 8, 8)), 0.607, 2.23),
-        (FLUX, (1, 80, 80), (1, 1, 1), ((1, 16, 16), (1, 16, 8)), 0.518, 1.76),
-        (FLUX, (1, 80, 80), (1, 16, 16), ((1, 16, 16), (1, 16, 8)), 0.518, 1.88),
-    ],
-)
-def test_published_end_to_end_bounds(lengths, window, stride, tiles, share, published):
-    found = simulate(axes_of(lengths, window, stride), *tiles)
-    assert found.end_to_end(share) == pytest.approx(published, abs=0.006)
-
-
-def test_simulated_density_is_that_of_the_plan():
-    config = NeighborhoodConfig((5, 7, 9), stride=(1, 2, 3))
-    grid = Grid(8, 12, 16)
-    axes = config.axes(grid)
-    tile = choose_tile(axes, 128)
-    plan = config.build_plan(TokenLayout.self_attention(grid))
-    slots = plan.query.slots
-    assert plan.density() == pytest.approx(simulate(axes, tile, tile).visited_density * (slots / grid.tokens) ** 2)
-
-
-def test_chosen_tile_is_the_cheapest():
-    axes = NeighborhoodConfig((21, 24, 24), stride=(1, 8, 8)).axes(Grid(21, 45, 80))
-    config = NeighborhoodConfig((21, 24, 24), stride=(1, 8, 8))
-    layout = TokenLayout.self_attention(Grid(21, 45, 80))
-    chosen = config.build_plan(layout).density()
-    for tile in itertools.islice(itertools.permutations((4, 4, 8)), 6):
-        slots = 1
-        for axis, side in zip(axes, tile, strict=True):
-            slots *= axis.slots(side).numel()
-        assert chosen <= simulate(axes, tile, tile).visited_density * (slots / layout.query_tokens) ** 2 + 1e-9
 
 
 def test_small_grids_are_clipped_with_a_warning_or_refused(caplog):
@@ -152,6 +101,13 @@ def test_small_grids_are_clipped_with_a_warning_or_refused(caplog):
     assert "frames" not in caplog.text
     with pytest.raises(InvalidInputError, match="height axis"):
         NeighborhoodConfig((7, 7, 7), small_grid="error").axes(grid)
+
+
+def test_a_clipped_window_is_told_once(caplog):
+    config = NeighborhoodConfig((None, 47, 3))
+    for text in range(3):
+        config.build_plan(TokenLayout.self_attention(Grid(2, 6, 7), text_after=text))
+    assert caplog.text.count("clipped to a window of 6") == 1
 
 
 def test_pictures_and_sequences_take_fewer_axes():
@@ -184,6 +140,95 @@ def test_bad_settings_are_refused(values, message):
         NeighborhoodConfig(**values)
 
 
+class TestShapes:
+    GRID = Grid(5, 6, 8)
+
+    def seen(self, config, t, y, x) -> torch.Tensor:
+        plan = config.build_plan(TokenLayout.self_attention(self.GRID))
+        return plan.visible_keys((t * self.GRID.height + y) * self.GRID.width + x).reshape(5, 6, 8)
+
+    def test_sliding(self):
+        assert NeighborhoodConfig.sliding((3, 3, 5), causal=True) == NeighborhoodConfig((3, 3, 5), causal=True)
+
+    def test_blocked(self):
+        seen = self.seen(NeighborhoodConfig.blocked((None, 3, 4)), 2, 4, 1)
+        assert seen[:, 3:6, 0:4].all()
+        assert seen.sum() == 5 * 3 * 4
+
+    def test_tiled(self):
+        # The tile of the query and its neighbours; at the border the tiles shift inwards.
+        seen = self.seen(NeighborhoodConfig.tiled((None, 2, 2), (1, 3, 3)), 0, 5, 4)
+        assert seen[:, 0:6, 2:8].all()
+        assert seen.sum() == 5 * 6 * 6
+        assert NeighborhoodConfig.tiled((6, 8, 8)) == NeighborhoodConfig((18, 24, 24), stride=(6, 8, 8))
+
+    @pytest.mark.parametrize(("axis", "place"), [("frames", 0), ("height", 1), ("width", 2)])
+    def test_axial(self, axis, place):
+        seen = self.seen(NeighborhoodConfig.axial(axis), 1, 2, 3)
+        line = [slice(None) if other == place else index for other, index in enumerate((1, 2, 3))]
+        assert seen[tuple(line)].all()
+        assert seen.sum() == seen.shape[place]
+
+    def test_dilated(self):
+        config = NeighborhoodConfig.dilated((None, 3, 2), self.GRID)
+        assert config.dilation == (1, 2, 4)
+        seen = self.seen(config, 0, 3, 6)
+        assert seen.sum() == 5 * 3 * 2
+        assert seen[:, 1::2, 2::4].all()
+
+    def test_a_whole_axis_with_dilation_is_all_of_its_group(self):
+        seen = self.seen(NeighborhoodConfig((1, None, 1), dilation=(1, 4, 1)), 2, 4, 0)
+        assert seen.nonzero().tolist() == [[2, 0, 0], [2, 4, 0]]
+
+    @pytest.mark.parametrize(
+        ("shape", "arguments"),
+        [("tiled", ((4, 4), 0)), ("tiled", ((4, 4), (3,))), ("axial", ("depth",)), ("blocked", ((0, 4),))],
+    )
+    def test_bad_shapes_are_refused(self, shape, arguments):
+        with pytest.raises(InvalidInputError):
+            getattr(NeighborhoodConfig, shape)(*arguments)
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", neighborhood_presets())
+    def test_fit_their_grid_exactly(self, name):
+        preset = neighborhood_presets()[name]
+        axes = replace(preset.config, small_grid="error").axes(preset.grid)
+        assert [len(axis.first) for axis in axes] == [preset.grid.frames, preset.grid.height, preset.grid.width]
+
+    def test_by_name(self):
+        config = NeighborhoodConfig.preset("hunyuanvideo-18x24x24-s16x8x8", block_size=64)
+        assert config == NeighborhoodConfig((18, 24, 24), stride=(16, 8, 8), block_size=64)
+        with pytest.raises(InvalidInputError, match="flux-4k-80x80-s16x16"):
+            NeighborhoodConfig.preset("hunyuan")
+
+    def test_in_json(self):
+        config = load_config({"method": "neighborhood", "preset": "flux-4k-80x80-s16x1", "block_size": 64})
+        assert config == NeighborhoodConfig((80, 80), stride=(16, 1), block_size=64)
+        assert load_config(config.to_json()) == config
+        with pytest.raises(InvalidInputError, match="no preset"):
+            load_config({"preset": ["x"]}, "neighborhood")
+
+
+class TestLayouts:
+    GRID = Grid(3, 5, 6)
+    CONFIG = NeighborhoodConfig((3, 3, 3), block_size=32)
+
+    @pytest.mark.parametrize("other", [Grid(3, 5, 6), Grid(1, 9, 11), Grid(1, 2, 2)], ids=str)
+    def test_reference_pictures_are_seen_whole(self, other):
+        spans = (Span("text", 5), Span("grid", 90, self.GRID), Span("reference", other.tokens, other), Span("text", 2))
+        plan = self.CONFIG.build_plan(TokenLayout(spans, spans))
+        mask = dense_mask(plan)[0]
+        expected = torch.ones_like(mask)
+        expected[5:95, 5:95] = truth(self.GRID, [(3, 1, 1, False)] * 3)
+        assert torch.equal(mask, expected)
+
+    def test_unlike_grids_are_refused(self):
+        query, key = Span("grid", 90, self.GRID), Span("grid", 60, Grid(2, 5, 6))
+        with pytest.raises(UnsupportedError, match="one grid for queries and keys"):
+            self.CONFIG.build_plan(TokenLayout((query,), (key,)))
+
+
 @pytest.mark.parametrize("grid", [Grid(17, 16, 16), Grid(1, 33, 40), Grid(9, 17, 23)], ids=str)
 def test_for_density_comes_from_below(grid):
     config = NeighborhoodConfig.for_density(0.5, grid, block_size=32)
@@ -191,6 +236,13 @@ def test_for_density_comes_from_below(grid):
     assert config.build_plan(layout).density() <= 0.5
     with pytest.raises(InvalidInputError, match="below the floor of neighborhood"):
         NeighborhoodConfig.for_density(0.001, grid)
+
+
+def test_for_density_keeps_stride_and_dilation():
+    config = NeighborhoodConfig.for_density(0.5, Grid(9, 17, 23), stride=(1, 4, 4), dilation=(1, 1, 2), block_size=32)
+    assert config.stride == (1, 4, 4)
+    assert config.window[1] >= 4
+    assert 4 <= config.window[2] <= 23 // 2
 
 
 def test_window_has_no_default():

@@ -3,6 +3,7 @@
 from .agent import AgentBias, agent_attention, pool_cells
 from .agent_plan import AgentPlan
 from .attention import attention, backends, choose_backend
+from .box import Simulation, simulate
 from .errors import FastDiffError, InvalidInputError, MissingDependencyError, UnsupportedError
 from .layout import Grid, Span, TokenLayout
 from .order import Side, centred, natural_order, raster_order, snake_order
@@ -24,6 +25,7 @@ __all__ = [
     "Rule",
     "RuleKind",
     "Side",
+    "Simulation",
     "Span",
     "TokenLayout",
     "UnsupportedError",
@@ -35,6 +37,7 @@ __all__ = [
     "natural_order",
     "pool_cells",
     "raster_order",
+    "simulate",
     "snake_order",
     "visibility_bits",
 ]
