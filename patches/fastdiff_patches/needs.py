@@ -48,10 +48,10 @@ def install(
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Sets the hooks that one layer needs."""
     handles = []
-    if "pre_rope_query" in layer.planner.needs:
+    if "pre_rope_query" in layer.needs:
         norms = ((name, getattr(attention, name, None)) for name in query_norms)
         handles += [norm.register_forward_hook(KeepOutput(name)) for name, norm in norms if norm is not None]
-    if "block_input" in layer.planner.needs:
+    if "block_input" in layer.needs:
         block = next(parent for parent in model.modules() if attention in parent.children())
         handles.append(block.register_forward_pre_hook(KeepInput(layer), with_kwargs=True))
     return handles

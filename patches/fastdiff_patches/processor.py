@@ -30,6 +30,7 @@ class Layer:
         ready: Whether the pre-hook has prepared this layer for the running forward.
         active: Whether the running forward is sparse here.
         plan: What to compute when it is.
+        needs: What the planner needs, see `NEEDS`.
         seed: The run's number, for a planner that needs it.
         block_input: What the transformer block was just called with, likewise.
     """
@@ -46,6 +47,7 @@ class Layer:
     ):
         self.index, self.name, self.heads, self.head_dim = index, name, heads, head_dim
         self.planner, self.backend, self.family = planner, backend, family
+        self.needs = planner.needs
         self.parameters = planner.parameters(layer=index, heads=heads, head_dim=head_dim)
         self.plan: Plan | None = None
         self.seed: torch.Tensor | None = None
@@ -97,16 +99,16 @@ class Layer:
 
     def gathers(self) -> bool:
         """Whether the running call must collect what the planner needs."""
-        return self.active and bool(self.planner.needs)
+        return self.active and bool(self.needs)
 
     def gather(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the planner needs and is known before the processor runs, from the processor's arguments by name."""
-        needs, inputs = self.planner.needs, {}
-        if "rotary" in needs:
+        inputs: dict[str, Any] = {}
+        if "rotary" in self.needs:
             inputs["rotary"] = self.family.rotary(arguments)
-        if "seed" in needs:
+        if "seed" in self.needs:
             inputs["seed"] = self.seed
-        if "block_input" in needs:
+        if "block_input" in self.needs:
             if self.block_input is None:
                 raise InvalidInputError(
                     f"{self.name} was called outside its transformer block, whose input the method needs; call the "
@@ -118,13 +120,13 @@ class Layer:
 
     def enter(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """What the processor gets instead of its hidden states."""
-        if "block_input" not in self.planner.needs:
+        if "block_input" not in self.needs:
             return hidden
         return self.planner.enter(hidden, self.plan, self._extras(inputs))
 
     def leave(self, out: Any, inputs: dict[str, Any]) -> Any:
         """What the block gets instead of the processor's output."""
-        if "block_input" not in self.planner.needs:
+        if "block_input" not in self.needs:
             return out
         return self.planner.leave(out, self.plan, self._extras(inputs))
 
@@ -164,7 +166,7 @@ class Layer:
                 "Keep these layers dense with dense_layers=."
             )
         inputs = {} if inputs is None else inputs
-        if "pre_rope_query" in self.planner.needs:
+        if "pre_rope_query" in self.needs:
             inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
         return self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, _key_mask(mask, key)))
 
