@@ -112,7 +112,7 @@ class Request:
             raise _invalid("--prompt is empty; say what to show.")
         check_settings(self.method, self.config, self.density)
         if self.method != "dense" and self.config is None and self.solve_for is None:
-            _needs_no_settings(self.method)
+            check_defaults(self.method)
         dense = {"--dense-steps": self.dense_steps, "--dense-layers": self.dense_layers}
         for name, value in dense.items():
             if self.method == "dense" and value not in (None, 0):
@@ -183,7 +183,12 @@ def _method_of(config: str | None, default: str) -> str:
     return default if config is None else load_config(config, default).method
 
 
-def _needs_no_settings(method: str) -> None:
+def check_defaults(method: str) -> None:
+    """Whether a method can do without settings.
+
+    Raises:
+        InvalidInputError: If it cannot; it names what has no default.
+    """
     from fastdiff.methods import METHODS
 
     missing = [field.name for field in fields(METHODS[method]) if field.default is field.default_factory is MISSING]

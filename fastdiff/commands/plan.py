@@ -117,6 +117,8 @@ def _option(name: str) -> str:
 def _settings(options: dict[str, Any], grid: Grid) -> Any:
     """The method's config, from --config, --window, --density, or its defaults."""
     method, text = options["method"], options["text"] + options["text_after"]
+    if options["window"] is None and options["config"] is None and options["density"] is None:
+        o.check_defaults(method)
     if options["window"] is None:
         settings = o.read_config(method, options["config"])
     else:

@@ -14,6 +14,7 @@ from .agent import AgentConfig
 from .base import MethodConfig
 from .clear import ClearConfig
 from .neighborhood import NeighborhoodConfig
+from .neighborhood_presets import neighborhood_presets
 from .paro import ParoConfig
 from .planner import Planner
 from .radial import RadialConfig
@@ -32,6 +33,7 @@ __all__ = [
     "RadialConfig",
     "build_plan",
     "load_config",
+    "neighborhood_presets",
     "planner_for",
 ]
 

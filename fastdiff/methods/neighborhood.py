@@ -138,7 +138,7 @@ class NeighborhoodConfig(MethodConfig):
         from .neighborhood_presets import neighborhood_presets
 
         presets = neighborhood_presets()
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             raise InvalidInputError(f"neighborhood has no preset {name!r}; it has {', '.join(presets)}.")
         return replace(presets[name].config, **settings)
 
