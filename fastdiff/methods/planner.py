@@ -29,10 +29,10 @@ class PlanCache:
         with self._lock:
             if key not in self._plans:
                 self._plans[key] = build()
+                held = sum(plan.nbytes for plan in self._plans.values())
+                while held > self.limit_bytes and len(self._plans) > 1:
+                    held -= self._plans.popitem(last=False)[1].nbytes
             self._plans.move_to_end(key)
-            held = sum(plan.nbytes for plan in self._plans.values())
-            while held > self.limit_bytes and len(self._plans) > 1:
-                held -= self._plans.popitem(last=False)[1].nbytes
             return self._plans[key]
 
 
