@@ -5,8 +5,9 @@ One GPU, 9 minutes on an H100 when both are trained at once:
     python scripts/train_tiny_pictures.py tiny-flux --out build/tiny-flux
     python scripts/train_tiny_pictures.py tiny-sd --out build/tiny-sd
 
-The VAE's weights are written into the work folder and taken from there when they exist. `--smoke` runs everything
-in miniature on a CPU, `--probe` twenty iterations of each stage at full size.
+The VAE's weights are written into the work folder and taken from there when they exist, and `--start` goes on
+from an earlier denoiser. `--smoke` runs everything in miniature on a CPU, `--probe` twenty iterations of each stage at
+full size.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from tiny_vae import train_vae
 
 log = logging.getLogger("train_tiny_pictures")
 STAGES = ("vae", "denoiser", "evaluate")
+CONTINUED = "denoiser continued"
 
 
 def main() -> None:
@@ -68,6 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--assets", type=Path, help="the pipeline's folder; fastdiff/assets/PIPELINE by default")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
+    parser.add_argument("--start", type=Path, help="a pipeline folder whose denoiser and text encoders go on training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-seconds", type=float, help="end the VAE's phases early, in proportion")
     parser.add_argument("--seconds", type=float, help="end the denoiser early, its rate having decayed")
@@ -116,7 +119,9 @@ def _denoiser_stage(
     # Loaded from disk, so that the latents are those of the rounded model that is shipped.
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).to(memory_format=torch.channels_last).eval()
     denoiser = settings.denoiser()
-    for part in denoiser.parts.values():
+    for name, part in denoiser.parts.items():
+        if options.start:
+            part.load_state_dict(type(part).from_pretrained(options.start / name).state_dict())
         part.to(device)
     began = time.perf_counter()
     caches = cache_pictures(vae, denoiser.tokenizer, settings.buckets, options.seed + 2)
@@ -130,8 +135,9 @@ def _denoiser_stage(
         not options.no_compile and not options.smoke,
         options.seconds,
     )
-    report({"denoiser": fit})
-    note(work / "denoiser.json", {"denoiser": fit})
+    name = CONTINUED if options.start else "denoiser"
+    report({name: fit})
+    note(work / f"{name}.json", {name: fit})
     for part in (*denoiser.parts.values(), vae):
         cast(part, torch.bfloat16)
     write_pipeline(denoiser.pipeline(vae), assets, settings.max_bytes)
@@ -140,7 +146,8 @@ def _denoiser_stage(
 def _evaluate_stage(
     settings: Settings, options: argparse.Namespace, work: Path, assets: Path, results: Path, device: torch.device
 ) -> None:
-    curves, record = read_notes([work / "vae.json", work / "denoiser.json"])
+    notes = [work / f"{name}.json" for name in ("vae", "denoiser", CONTINUED)]
+    curves, record = read_notes([path for path in notes if path.exists()])
     draw_losses(options.pipeline, curves, results)
     name, plan = options.pipeline, settings.evaluation
     evaluate(name, settings.arguments, assets, results, plan, options.seed, device, record)
