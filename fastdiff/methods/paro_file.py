@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,12 @@ class Calibration:
 
 
 class _Loaded:
-    """The last files that were read, so that a config and its planners share one copy."""
+    """The files that are in use and the last one that was read, so that a config and its planners share one copy."""
 
-    def __init__(self, limit: int = 4):
-        self._limit, self._lock = limit, threading.Lock()
-        self._found: dict[tuple, Calibration] = {}
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._found: weakref.WeakValueDictionary[tuple, Calibration] = weakref.WeakValueDictionary()
+        self._last: Calibration | None = None
 
     def get(self, path: str) -> Calibration:
         try:
@@ -158,13 +160,11 @@ class _Loaded:
             ) from error
         key = (os.path.abspath(path), state.st_mtime_ns, state.st_size, state.st_ino)
         with self._lock:
-            if key not in self._found:
-                self._found[key] = Calibration.load(path)
-                for old in [old for old in self._found if old[0] == key[0] and old != key]:
-                    del self._found[old]
-            if len(self._found) > self._limit:
-                del self._found[next(iter(self._found))]
-            return self._found[key]
+            found = self._found.get(key)
+            if found is None:
+                found = self._found[key] = Calibration.load(path)
+            self._last = found
+            return found
 
 
 calibration_at = _Loaded().get
