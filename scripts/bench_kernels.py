@@ -336,13 +336,14 @@ def main() -> None:
     if not options.cpu and not torch.cuda.is_available():
         parser.error("no CUDA device was found; --cpu times the portable backend")
     device = "cpu" if options.cpu else "cuda"
-    records = []
-    for shape in cpu_shapes() if options.cpu else gpu_shapes():
-        records += (bench_cpu if options.cpu else bench_gpu)(shape, options.repeats)
     common = conditions(device, options.commit)
     output = options.output or Path("results") / ("bench-portable.json" if options.cpu else "bench-kernels.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps([{**record, **common} for record in records], indent=1) + "\n")
+    records, bench = [], bench_cpu if options.cpu else bench_gpu
+    for shape in cpu_shapes() if options.cpu else gpu_shapes():
+        records += [{**record, **common} for record in bench(shape, options.repeats)]
+        # After each shape, so that a run cut short loses only the last.
+        output.write_text(json.dumps(records, indent=1) + "\n")
     log.info("wrote %s", output)
 
 

@@ -52,7 +52,7 @@ ENTRIES = (
 FULL = Plan(
     {
         # Radial needs many frames to reach low densities.
-        "tiny-wan": {"num_frames": 97, "height": 128, "width": 128},
+        "tiny-wan": {"num_frames": 81, "height": 128, "width": 128},
         "tiny-flux": {"height": 512, "width": 512},
         "tiny-sd": {"height": 256, "width": 256},
     },

@@ -28,7 +28,6 @@ from tiny_vae import train_vae
 
 log = logging.getLogger("train_tiny_pictures")
 STAGES = ("vae", "denoiser", "evaluate")
-CONTINUED = "denoiser continued"
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
         raise SystemExit("training needs a CUDA GPU and none is seen; --smoke runs the miniature on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # Convolutions are not tuned: with so many shapes the tuning takes longer than a short training gains by it.
-    # cuDNN's attention is off because the backward pass was seen to fail with it.
+    # cuDNN's attention is off because one compiled backward pass at 512x512 died with an illegal access.
     torch.backends.cuda.enable_cudnn_sdp(False)
     work = options.out
     # Neither the miniature nor a probe may overwrite the released files.
@@ -71,6 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
     parser.add_argument("--start", type=Path, help="a pipeline folder whose denoiser and text encoders go on training")
+    parser.add_argument("--rate", type=float, help="learning rate to begin with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-seconds", type=float, help="end the VAE's phases early, in proportion")
     parser.add_argument("--seconds", type=float, help="end the denoiser early, its rate having decayed")
@@ -85,6 +85,8 @@ def _options() -> argparse.Namespace:
 
 def _settings(options: argparse.Namespace) -> Settings:
     settings = (SMOKE if options.smoke else FULL)[options.pipeline]
+    if options.rate:
+        settings = replace(settings, rate=replace(settings.rate, start=options.rate))
     if not options.probe:
         return settings
     plan = settings.evaluation
@@ -135,7 +137,7 @@ def _denoiser_stage(
         not options.no_compile and not options.smoke,
         options.seconds,
     )
-    name = CONTINUED if options.start else "denoiser"
+    name = f"denoiser, part {len(_parts(work)) + 1}" if options.start else "denoiser"
     report({name: fit})
     note(work / f"{name}.json", {name: fit})
     for part in (*denoiser.parts.values(), vae):
@@ -143,11 +145,15 @@ def _denoiser_stage(
     write_pipeline(denoiser.pipeline(vae), assets, settings.max_bytes)
 
 
+def _parts(work: Path) -> list[Path]:
+    """The notes of the denoiser's trainings, in order."""
+    return sorted(work.glob("denoiser*.json"))
+
+
 def _evaluate_stage(
     settings: Settings, options: argparse.Namespace, work: Path, assets: Path, results: Path, device: torch.device
 ) -> None:
-    notes = [work / f"{name}.json" for name in ("vae", "denoiser", CONTINUED)]
-    curves, record = read_notes([path for path in notes if path.exists()])
+    curves, record = read_notes([work / "vae.json", *_parts(work)])
     draw_losses(options.pipeline, curves, results)
     name, plan = options.pipeline, settings.evaluation
     evaluate(name, settings.arguments, assets, results, plan, options.seed, device, record)

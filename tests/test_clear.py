@@ -445,12 +445,14 @@ def test_config_travels_as_json():
 
 
 def test_triton_and_portable_agree_on_pooled_plans():
-    """In Triton's interpreter, at a tiny size; head_dim as small as the kernel takes."""
+    """On a GPU, or in Triton's interpreter, at a tiny size; head_dim as small as the kernel takes."""
     pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = TokenLayout.self_attention(Grid(1, 8, 12), text_before=3)
     plan = ClearConfig(3, pool_factor=4).build_plan(layout)
     q, k, v = (x.float() for x in random_tensors(layout, batch=1, requires_grad=False))
     k, v = (torch.cat([x, torch.randn(1, 6, 2, 16)], dim=1) for x in (k, v))
+    q, k, v = (x.to(device) for x in (q, k, v))
     outs = [attention(q, k, v, plan, backend=backend) for backend in ("torch", "triton", "reference")]
     torch.testing.assert_close(outs[0], outs[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outs[1], outs[2], rtol=1e-4, atol=1e-5)
