@@ -190,7 +190,8 @@ def fidelity(report: dict[str, Any]) -> str:
     conditions = (
         "A cell says which density was reached, PSNR against the dense sample of the same seed (± standard deviation "
         "over the prompts), SSIM, and how many prompts are obeyed; or the lowest density that the method has at this "
-        f"size. {report['plan']['prompts']} prompts, {report['plan']['steps']} steps, seed {report['seed']} and on; "
+        "size. “agent, early” has agents in the first 40 % of the steps alone, as published; all later ones are dense. "
+        f"{report['plan']['prompts']} prompts, {report['plan']['steps']} steps, seed {report['seed']} and on; "
         f"{where(report)}, {versions(report['versions'])}, commit {report['commit']}."
     )
     return "\n\n".join([*parts, conditions])
