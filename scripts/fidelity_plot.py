@@ -44,7 +44,8 @@ def _panel(panel: Any, model: str, part: dict[str, Any]) -> None:
             if (cell["label"], cell["dense_share"]) == (label, share)
         )
         style = "-" if share else "--"
-        name = f"{label}, first {100 * share:.0f} % of steps dense" if share else f"{label}, no dense steps"
+        dense = f"first {100 * share:.0f} % of steps dense" if share else "no dense steps"
+        name = label if label.endswith("early") else f"{label}, {dense}"
         panel.plot(*zip(*line, strict=True), style, marker="o", markersize=3.5, color=COLOURS.get(label), label=name)
     yardstick = part["other_seed"]["psnr"]["mean"]
     panel.axhline(yardstick, color="grey", linewidth=1, linestyle=":", label="dense, other seeds")
@@ -52,5 +53,5 @@ def _panel(panel: Any, model: str, part: dict[str, Any]) -> None:
     frames = f"{part['num_frames']} frames of " if part["num_frames"] > 1 else ""
     panel.set(title=f"{model}, {frames}{size}", xlabel="density of the sparse steps", ylabel="PSNR against dense, dB")
     panel.title.set_fontsize(10)
-    panel.set_xlim(left=0)
+    panel.set_xlim(left=0, right=1.05 * panel.get_xlim()[1])
     panel.grid(alpha=0.3)

@@ -176,7 +176,7 @@ def fidelity(report: dict[str, Any]) -> str:
                 for cell in found["cells"]
                 if (cell["label"], cell["dense_share"]) == (label, share)
             }
-            steps = f"first {100 * share:.0f} %" if share else "none"
+            steps = f"first {100 * share:.0f} %" if share else "later ones" if label.endswith("early") else "none"
             rows.append([label, steps, *(cells.get(density, "not run") for density in densities)])
         frames = f"{found['num_frames']} frames of " if found["num_frames"] > 1 else ""
         text = f" and {found['text_tokens']} of text" if found["text_tokens"] else ""
@@ -190,7 +190,7 @@ def fidelity(report: dict[str, Any]) -> str:
     conditions = (
         "A cell says which density was reached, PSNR against the dense sample of the same seed (± standard deviation "
         "over the prompts), SSIM, and how many prompts are obeyed; or the lowest density that the method has at this "
-        "size. “agent, early” has agents in the first 40 % of the steps alone, as published; all later ones are dense. "
+        "size. “agent, early” has agents in the first 40 % of the steps alone, as published. "
         f"{report['plan']['prompts']} prompts, {report['plan']['steps']} steps, seed {report['seed']} and on; "
         f"{where(report)}, {versions(report['versions'])}, commit {report['commit']}."
     )
