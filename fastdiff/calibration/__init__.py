@@ -53,7 +53,7 @@ def calibrate(
         pipe: A diffusers pipeline with one transformer or UNet, on its device, not patched.
         prompts: What it shall show meanwhile.
         path: The safetensors file to write; it is there whole or not at all.
-        density: Computed share of the scores, text included, mean over layers and heads. Less is faster, more is safer.
+        density: Computed share of the scores of all layers and heads, text included. Less is faster, more is safer.
         groups: Groups of denoising steps with masks of their own, all of the same share of the steps. More follows the
             attention more closely and takes more memory; 1 works without a pipeline that tells the step.
         objective: What makes an order good: `"mass"`, the attention kept at this density, or `"paper"`, the paper's

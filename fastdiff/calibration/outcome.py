@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastdiff.methods.paro_file import LayerMasks, pack
+from fastdiff.methods.paro_file import BLOCK, LayerMasks, pack
 from fastdiff_kernels import InvalidInputError
 from fastdiff_kernels.errors import NotFiniteError
 
 from .recorder import LayerRecord
-from .search import best_order, choose, kept_mass, paper_score, value_by_row, value_by_sum
+from .search import best_order, choose, kept_mass, paper_score, value_by_row
 from .settings import CalibrationSettings
 
 
@@ -58,7 +58,7 @@ def check_floor(records: Mapping[int, LayerRecord], density: float) -> None:
         InvalidInputError: If it does not.
     """
     floors = [record.outside() + record.sums.shape[-1] * record.cost for record in records.values()]
-    floor = sum(floors) / len(floors)
+    floor = _mean(floors, records)
     if density < floor:
         grids = sorted({str(record.grid) for record in records.values()})
         raise InvalidInputError(
@@ -96,8 +96,9 @@ def choose_masks(
         records: What was seen, all query blocks of the chosen orders among it.
         orders: The chosen orders, whose `candidate` says where in the records their maps stand.
     """
-    budget = settings.density - sum(record.outside() for record in records.values()) / len(records)
-    costs = [record.cost / (len(orders[layer].order) * len(records)) for layer, record in records.items()]
+    budget = settings.density - _mean([record.outside() for record in records.values()], records)
+    pairs = sum(record.pairs for record in records.values())
+    costs = [BLOCK**2 / (len(orders[layer].order) * pairs) for layer in records]
     packed: dict[int, list[torch.Tensor]] = {layer: [] for layer in records}
     mass: dict[int, list[torch.Tensor]] = {layer: [] for layer in records}
     density: dict[int, list[torch.Tensor]] = {layer: [] for layer in records}
@@ -106,10 +107,8 @@ def choose_masks(
         for layer, record in records.items():
             candidate = orders[layer].candidate
             maps[layer] = record.mean()[group][candidate, torch.arange(len(candidate))]
-        values = [
-            value_by_row(maps[layer]) if settings.mask == "row" else value_by_sum(maps[layer], record.grid.tokens)
-            for layer, record in records.items()
-        ]
+        # Their diagonals are overwritten, and kept, so that they do not count in what is lost.
+        values = [value_by_row(sums) if settings.mask == "row" else sums for sums in maps.values()]
         masks = choose(values, costs, budget)
         for (layer, record), mask in zip(records.items(), masks, strict=True):
             packed[layer].append(pack(mask))
@@ -127,3 +126,9 @@ def choose_masks(
             orders[layer].margin,
         )
     return layers
+
+
+def _mean(densities: list[float], records: Mapping[int, LayerRecord]) -> float:
+    """The mean density over layers, which count by their pairs of tokens, as in `summary`."""
+    pairs = [record.pairs for record in records.values()]
+    return sum(density * count for density, count in zip(densities, pairs, strict=True)) / sum(pairs)

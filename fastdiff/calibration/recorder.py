@@ -56,7 +56,12 @@ class LayerRecord:
     @property
     def cost(self) -> float:
         """What one block of one head's map adds to that head's density."""
-        return BLOCK**2 / self.layout.query_tokens**2
+        return BLOCK**2 / self.pairs
+
+    @property
+    def pairs(self) -> int:
+        """Scores of one head."""
+        return self.layout.query_tokens * self.layout.key_tokens
 
     def mean(self) -> torch.Tensor:
         """The mean map of each group, `[groups, candidates, heads, rows, blocks]`; divides in place, once."""

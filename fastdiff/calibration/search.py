@@ -67,17 +67,11 @@ def best_order(score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return ranked.indices[0], ranked.indices[second], ranked.values[0] - ranked.values[second]
 
 
-def value_by_sum(sums: torch.Tensor, tokens: int) -> torch.Tensor:
-    """What a block is worth under one threshold for all heads and layers: its attention against an even spread.
-
-    Layers of different grids are compared by density, so a block of the larger grid, which costs less of it, weighs
-    more; among layers of one grid this is the paper's rule.
-    """
-    return sums * tokens
-
-
 def value_by_row(sums: torch.Tensor) -> torch.Tensor:
-    """What a block is worth if every row shall keep the same share of its attention: that of all no better ones."""
+    """What a block is worth if every row shall keep the same share of its attention: that of all no better ones.
+
+    For one threshold for the attention in a block, as in the paper, the block sums are the values.
+    """
     ranked = sums.sort(dim=-1)
     rest = ranked.values.cumsum(-1) / ranked.values.sum(-1, keepdim=True).clamp(min=torch.finfo(sums.dtype).tiny)
     return torch.empty_like(sums).scatter_(-1, ranked.indices, rest)

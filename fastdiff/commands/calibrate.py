@@ -21,7 +21,7 @@ def calibrate(
     model: o.Model = "tiny-wan",
     method: Annotated[str, typer.Option(help="The method that needs it: paro.")] = "paro",
     density: Annotated[
-        float, typer.Option(help="Share of computed scores, mean over layers and heads. Less is faster, more is safer.")
+        float, typer.Option(help="Share of computed scores, text included. Less is faster, more is safer.")
     ] = 0.3,
     prompts: Annotated[
         Path | None,
