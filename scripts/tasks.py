@@ -20,7 +20,25 @@ OLDEST_PYTHON = (3, 10)
 # What each chore needs; "dev" includes "demo".
 EXTRAS = {"demo": "demo", "test": "dev", "test-oldest": "dev", "lint": "dev"}
 # The tests that see diffusers or the command line; the others do not change with those versions.
-SEES_DIFFUSERS = ("api", "cli", "families", "import_hygiene", "measure", "packaging", "processors", "seam", "steps")
+SEES_DIFFUSERS = (
+    "agent_pictures",
+    "api",
+    "calibrate",
+    "clear_flux",
+    "cli",
+    "cli_pictures",
+    "families",
+    "import_hygiene",
+    "measure",
+    "method_processors",
+    "needs",
+    "overview",
+    "packaging",
+    "processors",
+    "seam",
+    "seed",
+    "steps",
+)
 
 
 def main(arguments: list[str]) -> int:

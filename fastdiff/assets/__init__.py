@@ -51,6 +51,28 @@ EMBEDDED = {
         density=0.4,
         dense_share=1 / 3,
     ),
+    "tiny-flux": GenerationDefaults(
+        prompt="a red circle over a striped ground",
+        height=256,
+        width=256,
+        steps=12,
+        guidance_scale=3.0,
+        density=0.5,
+        dense_share=0.25,
+        method="clear",
+        # Every text token is attended densely, so short texts are what makes low densities possible.
+        call={"max_sequence_length": 64},
+    ),
+    "tiny-sd": GenerationDefaults(
+        prompt="a red circle over a striped ground",
+        height=256,
+        width=256,
+        steps=16,
+        guidance_scale=4.0,
+        density=0.3,
+        dense_share=0.25,
+        method="agent",
+    ),
 }
 
 
