@@ -6,6 +6,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdiff.methods import METHODS, RadialConfig, load_config
 from fastdiff.methods.planner import PlanCache, Planner
@@ -75,39 +77,70 @@ def test_reference_plan_is_those_blocks_and_a_dense_rest():
         assert torch.equal(mask, expected)
 
 
-@pytest.mark.parametrize("mode", ["tiled", "raster"])
-@pytest.mark.parametrize("grid", ODD_GRIDS, ids=str)
-@pytest.mark.parametrize("sink", [True, False])
-def test_improved_modes_equal_the_definition_block_by_block(grid, mode, sink):
-    """Whole blocks, by the distance between block centres, written with loops."""
-    config = RadialConfig(decay_factor=0.4, near_width=0.5, sink=sink, mode=mode, block_size=32)
-    layout = TokenLayout.self_attention(grid, text_before=3, text_after=2)
-    plan = config.build_plan(layout)
-    mask = dense_mask(plan)[0]
+def slow_mask(config, layout, plan, before):
+    """Whole blocks, by the distance between block centres, written with loops; bool `[queries, keys]`."""
+    grid = layout.grid
     widths = config.widths(grid)
     limits, widths = disc_limits(grid, widths).tolist(), widths.tolist()
-    order = plan.query.order[0].reshape(-1, 32)
-    blocks = [[t - 3 for t in row.tolist() if t >= 0] for row in order]
+    order = plan.query.order[0].reshape(-1, plan.query.block)
+    blocks = [[t - before for t in row.tolist() if t >= 0] for row in order]
     blocks = [row for row in blocks if 0 <= row[0] < grid.tokens]
 
     def centre(tokens):
         frame = tokens[0] // grid.frame_tokens
         inside = [t - frame * grid.frame_tokens for t in tokens]
         assert all(0 <= t < grid.frame_tokens for t in inside)  # no block crosses a frame
-        if mode == "raster":
+        if config.mode == "raster":
             return frame, (min(inside) + max(inside)) // 2, 0
         ys, xs = [t // grid.width for t in inside], [t % grid.width for t in inside]
         return frame, (min(ys) + max(ys)) // 2, (min(xs) + max(xs)) // 2
 
     places = [centre(row) for row in blocks]
-    expected = torch.ones_like(mask)
+    expected = torch.ones(layout.query_tokens, layout.key_tokens, dtype=torch.bool)
     for row, (i, y, x) in zip(blocks, places, strict=True):
         for column, (j, v, u) in zip(blocks, places, strict=True):
             d = abs(i - j)
-            near = (y - v) ** 2 + (x - u) ** 2 < limits[d] if mode == "tiled" else abs(y - v) < widths[d]
-            seen = near or (sink and j == 0)
-            expected[torch.tensor(row)[:, None] + 3, torch.tensor(column)[None] + 3] = seen
-    assert torch.equal(mask, expected)
+            near = (y - v) ** 2 + (x - u) ** 2 < limits[d] if config.mode == "tiled" else abs(y - v) < widths[d]
+            seen = near or (config.sink and j == 0)
+            expected[torch.tensor(row)[:, None] + before, torch.tensor(column)[None] + before] = seen
+    return expected
+
+
+@pytest.mark.parametrize("mode", ["tiled", "raster"])
+@pytest.mark.parametrize("grid", ODD_GRIDS, ids=str)
+@pytest.mark.parametrize("sink", [True, False])
+def test_improved_modes_equal_the_definition_block_by_block(grid, mode, sink):
+    config = RadialConfig(decay_factor=0.4, near_width=0.5, sink=sink, mode=mode, block_size=32)
+    layout = TokenLayout.self_attention(grid, text_before=3, text_after=2)
+    plan = config.build_plan(layout)
+    assert torch.equal(dense_mask(plan)[0], slow_mask(config, layout, plan, 3))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.builds(Grid, st.integers(1, 7), st.integers(1, 9), st.integers(1, 9)),
+    st.builds(
+        RadialConfig,
+        decay_factor=st.floats(0, 1),
+        near_width=st.floats(0, 1),
+        sink=st.booleans(),
+        block_size=st.sampled_from([32, 64]),
+        mode=st.sampled_from(["tiled", "raster"]),
+    ),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_random_plans_equal_the_definition_and_their_density_a_count(grid, config, before, after):
+    layout = TokenLayout.self_attention(grid, text_before=before, text_after=after)
+    plan = config.build_plan(layout)
+    mask = dense_mask(plan)[0]
+    assert torch.equal(mask, slow_mask(config, layout, plan, before))
+    order, block = plan.query.order[0].long(), plan.query.block
+    slots = torch.zeros(len(order), len(order), dtype=torch.bool)
+    there = (order >= 0).nonzero().flatten()
+    slots[there[:, None], there] = mask[order[there]][:, order[there]]
+    tiles = slots.unflatten(0, (-1, block)).unflatten(2, (-1, block)).any(3).any(1).sum()
+    assert plan.density() == pytest.approx(int(tiles) * block**2 / (layout.query_tokens * layout.key_tokens))
 
 
 @pytest.mark.parametrize("mode", ["tiled", "raster"])
