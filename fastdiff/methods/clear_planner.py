@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -59,16 +59,6 @@ class ClearPlan(BlockPlan):
         place = kinds.index("grid")
         start = sum(span.tokens for span in layout.key[:place])
         return replace(self, start=start, grid=layout.key[place].grid, pool_factor=factor, sharpening=sharpening)
-
-    def __reduce__(self):
-        return ClearPlan, tuple(getattr(self, f.name) for f in fields(self) if f.init)
-
-    def to(self, device) -> ClearPlan:
-        """The same plan on another device (itself, if it is there)."""
-        if torch.device(device) == self.device:
-            return self
-        names = ("query", "key", "full", "partial", "rule", "bits")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @property
     def pooled_tokens(self) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .agent_plan import AgentPlan
 from .agent_spans import Ranges
-from .attention import BACKENDS, _check
+from .attention import BACKENDS, check_call
 from .errors import InvalidInputError, UnsupportedError
 
 
@@ -87,16 +87,13 @@ def agent_attention(
         UnsupportedError: If the backend is `"triton"`, which has no kernel for it.
     """
     if not torch.compiler.is_compiling():
-        _check(q, k, v, plan, key_mask)
+        check_call(q, k, v, plan, key_mask)
         _check_agents(q, agents, plan, shortcut, bias)
-    if backend not in BACKENDS:
-        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
-    if backend == "triton":
-        raise UnsupportedError("backend 'triton' has no kernel for agent attention; use backend='auto' or 'torch'.")
+    chosen = agent_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     scale2 = scale if scale2 is None else float(scale2)
-    attend = _explicit if backend == "reference" else _fused
-    if backend == "reference" and q.dtype != torch.float64:
+    attend = _explicit if chosen == "reference" else _fused
+    if chosen == "reference" and q.dtype != torch.float64:
         dtype, (q, k, v, agents) = q.dtype, (x.float() for x in (q, k, v, agents))
     else:
         dtype = q.dtype
@@ -132,6 +129,20 @@ def agent_attention(
             pieces.append(attend(_slice(q, start, stop), keys, values, _mask(key_mask, ranges), scale, None))
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
     return out.transpose(1, 2).to(dtype)
+
+
+def agent_backend(backend: str) -> str:
+    """The backend that `agent_attention` will run: `"torch"` or `"reference"`.
+
+    Raises:
+        InvalidInputError: If there is no such backend.
+        UnsupportedError: If it is `"triton"`, which has no kernel for it.
+    """
+    if backend not in BACKENDS:
+        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+    if backend == "triton":
+        raise UnsupportedError("backend 'triton' has no kernel for agent attention; use backend='auto' or 'torch'.")
+    return "torch" if backend == "auto" else backend
 
 
 def hide_values(v: torch.Tensor, plan: AgentPlan, key_mask: torch.Tensor | None) -> torch.Tensor:

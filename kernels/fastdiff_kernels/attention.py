@@ -52,7 +52,7 @@ def attention(
         MissingDependencyError: If triton is asked for and not installed.
     """
     if not torch.compiler.is_compiling():
-        _check(q, k, v, plan, key_mask)
+        check_call(q, k, v, plan, key_mask)
     chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
@@ -121,7 +121,8 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _check(q, k, v, plan, key_mask) -> None:
+def check_call(q, k, v, plan, key_mask) -> None:
+    """Raises InvalidInputError unless tensors and mask fit each other and the plan."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise InvalidInputError(f"{name} has the shape {list(x.shape)}; give [batch, tokens, heads, head_dim].")

@@ -23,13 +23,13 @@ from .rule import METRIC_HEADER, RuleKind
 from .tuning import forward_tile, shared_memory_of
 
 # Triton captures module globals as compile-time constants only in this type.
-_METRIC, _BOX, _BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
+_METRIC, _BOX, BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
 _DISC, _METRIC_HEADER, _BOX_PARAMETERS = tl.constexpr(DISC), tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_PARAMETERS)
 _LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _visible(
+def pairs_seen(
     q_table, k_table, q_slots, k_slots, block, rule, word,
     RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _visible(
             limit = tl.load(rule + _METRIC_HEADER + tl.abs(q_t[:, None] - k_t[None, :]))
             near = tl.load(rule) * dy * dy + tl.load(rule + 1) * dx * dx < limit
             holds = holds & (near | (k_t[None, :] < tl.load(rule + 2)))
-        elif RULE == _BITS:
+        elif RULE == BITS:
             query_side = tl.load(rule)
             key_side = tl.load(rule + 1)
             columns = tl.load(rule + 2)
@@ -99,9 +99,9 @@ def _accumulate(
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
         if PARTIAL:
             word = 0
-            if RULE == _BITS:
+            if RULE == BITS:
                 word = tl.load(bits + entry)
-            visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
+            visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(visible, scores, float("-inf"))
         if HAS_KEY_MASK:
             exists = tl.load(key_mask + k_slots) != 0
@@ -200,7 +200,7 @@ def forward(
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens) if return_lse else (1,), dtype=torch.float32, device=q.device)
-    k, v = (_in_order(x, plan.key.order) for x in (k, v))
+    k, v = (in_order(x, plan.key.order) for x in (k, v))
     if key_mask is not None:
         slots = key_mask[:, plan.key.order.clamp(min=0).long()]
         key_mask = (slots & (plan.key.order >= 0)).to(torch.int8).contiguous()
@@ -229,7 +229,7 @@ def forward(
     return out, lse
 
 
-def _in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Tokens to slots: `[batch, tokens, heads, head_dim]` to `[batch, slots, heads, head_dim]`."""
     # Padding slots take token 0: any finite value does, since no rule lets them be seen.
     place = order.clamp(min=0).long()

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_sparse import _BITS, _in_order, _visible, head_step
+from .block_sparse import BITS, head_step, in_order, pairs_seen
 from .plan import BlockPlan
 from .tuning import backward_tile, shared_memory_of
 
@@ -50,9 +50,9 @@ def _walk_keys(
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2 - lse[:, None]
         if PARTIAL:
             word = 0
-            if RULE == _BITS:
+            if RULE == BITS:
                 word = tl.load(bits + entry)
-            visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
+            visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(visible, scores, float("-inf"))
         if HAS_KEY_MASK:
             scores = tl.where((tl.load(key_mask + k_slots) != 0)[None, :], scores, float("-inf"))
@@ -81,9 +81,9 @@ def _walk_queries(
         scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2 - row_lse[None, :]
         if PARTIAL:
             word = 0
-            if RULE == _BITS:
+            if RULE == BITS:
                 word = tl.load(bits + tl.load(bit_place + entry))
-            visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
+            visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(tl.trans(visible), scores, float("-inf"))
         if HAS_KEY_MASK:
             scores = tl.where(key_exists[:, None], scores, float("-inf"))
@@ -221,8 +221,8 @@ def backward(
     rows = torch.where(lse == float("-inf"), float("inf"), lse / math.log(2))
     rows = _rows_in_order(rows, plan.query.order, float("inf"))
     delta = _rows_in_order(delta, plan.query.order, 0.0)
-    upstream, query = (_in_order(x, plan.query.order) for x in (grad, q))
-    key, value = (_in_order(x, plan.key.order) for x in (k, v))
+    upstream, query = (in_order(x, plan.query.order) for x in (grad, q))
+    key, value = (in_order(x, plan.key.order) for x in (k, v))
     if key_mask is not None:
         slots = key_mask[:, plan.key.order.clamp(min=0).long()]
         key_mask = (slots & (plan.key.order >= 0)).to(torch.int8).contiguous()

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_sparse import _BITS, _in_order, _visible, head_step
+from .block_sparse import BITS, head_step, in_order, pairs_seen
 from .plan import BlockPlan
 
 BLOCK = 128
@@ -70,9 +70,9 @@ def _hide(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.co
     block = gl.load(indices + n)
     k_slots = block * 128 + gl.arange(0, 128, layout=keys)
     word = 0
-    if RULE == _BITS:
+    if RULE == BITS:
         word = gl.load(bits + n)
-    visible = _visible(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128)
+    visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128)
     return gl.where(visible, scores, float("-inf"))
 
 
@@ -261,9 +261,7 @@ def forward(
     rule, slots, tile = plan.kernel_rule, plan.key.slots, [BLOCK, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16)
     keys, values = (
-        TensorDescriptor.from_tensor(
-            _in_order(x, plan.key.order).reshape(batch * slots, heads * head_dim), tile, layout
-        )
+        TensorDescriptor.from_tensor(in_order(x, plan.key.order).reshape(batch * slots, heads * head_dim), tile, layout)
         for x in (k, v)
     )
     _forward_kernel[(plan.query_blocks, batch * heads)](

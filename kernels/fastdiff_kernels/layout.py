@@ -61,7 +61,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Span:
-    """A run of neighbouring tokens of one kind; `grid` and `pooled` and `reference` spans lie on a grid."""
+    """A run of neighbouring tokens of one kind; `grid` spans lie on a grid, `pooled` and `reference` ones may."""
 
     kind: str
     tokens: int

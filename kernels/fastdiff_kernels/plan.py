@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -68,7 +68,7 @@ class BlockPlan:
         return self
 
     def __reduce__(self):
-        return BlockPlan, tuple(getattr(self, f.name) for f in fields(self) if f.init)
+        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     @classmethod
     def from_rule(
@@ -136,8 +136,8 @@ class BlockPlan:
         """The same plan on another device (itself, if it is there)."""
         if torch.device(device) == self.device:
             return self
-        parts = (part.to(device) for part in (self.query, self.key, self.full, self.partial, self.rule, self.bits))
-        return BlockPlan(*parts)
+        names = ("query", "key", "full", "partial", "rule", "bits")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @property
     def device(self) -> torch.device:
