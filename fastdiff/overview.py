@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdiff_kernels import FastDiffError, Grid, choose_backend
+from fastdiff_kernels import FastDiffError, Grid
 
 if TYPE_CHECKING:
     from fastdiff_patches.attachment import Attachment, Place
@@ -153,7 +153,7 @@ def _one(
         config=settings.config.to_dict(),
         schedule=schedule.to_dict(),
         backend=settings.backend,
-        runs_on=first and _runs_on(settings.backend, next(model.parameters()), first.head_dim),
+        runs_on=first and _runs_on(attached, next(model.parameters()), first.head_dim),
         grids=tuple(str(seen.grid) for seen in attached.seen),
         grid=None if layout is None else str(layout.grid),
         steps=steps,
@@ -203,9 +203,9 @@ def _layer(
     return LayerSummary(*known, why is not None, why or method, density, grid)
 
 
-def _runs_on(backend: str, parameter: torch.Tensor, head_dim: int) -> str:
+def _runs_on(attached: Attachment, parameter: torch.Tensor, head_dim: int) -> str:
     try:
-        return choose_backend(backend, parameter.device, parameter.dtype, head_dim)
+        return attached.planner.runs_on(attached.settings.backend, parameter.device, parameter.dtype, head_dim)
     except FastDiffError as error:
         return f"none: {error}"
 

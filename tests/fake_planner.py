@@ -55,6 +55,9 @@ class FakePlanner:
             self._plans[layout] = FakePlan(near.to(device))
         return self._plans[layout]
 
+    def runs_on(self, backend, device, dtype, head_dim):
+        return "torch"
+
     def parameters(self, *, layer, heads, head_dim):
         return torch.nn.Linear(head_dim, head_dim) if self.learned else None
 

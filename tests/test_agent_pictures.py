@@ -1,5 +1,7 @@
 """Agents on Stable Diffusion and Flux pipelines: the AgentSD policy, levels of a UNet, text kept exact."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,16 @@ def test_tokens_are_merged_around_the_layer():
     # The features are those of the block, from which its norm makes what the layer gets.
     block = model.down_blocks[0].attentions[0].transformer_blocks[0]
     torch.testing.assert_close(block.norm1(entered[0]["block_input"]), entered[0]["args"][0])
+
+
+def test_the_backend_that_runs_is_told():
+    gpu = torch.device("cuda"), torch.bfloat16, 64
+    for config, backend in ((POOLED, "torch"), (fastdiff.ClearConfig(4), "triton")):
+        assert config.planner().runs_on("auto", *gpu) == backend
+    pipe = tiny_sd_pipeline()
+    for asked, told in (("auto", "torch"), ("reference", "reference"), ("triton", "none: .* no kernel for agent")):
+        fastdiff.apply(pipe, POOLED, backend=asked)
+        assert re.match(told, fastdiff.summary(pipe).models[0].runs_on)
 
 
 def test_coarse_levels_stay_dense_where_agents_do_not_pay():

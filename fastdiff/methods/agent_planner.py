@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastdiff_kernels import AgentPlan, InvalidInputError, TokenLayout, UnsupportedError, agent_attention, pool_cells
-from fastdiff_kernels.agent import hide_values
+from fastdiff_kernels.agent import agent_backend, hide_values
 
 from .agent import AgentConfig
 from .agent_merge import Matching, match, merge, pool_matched, unmerge
@@ -112,6 +112,14 @@ class AgentPlanner(Planner):
             key_mask=extras.key_mask,
             backend=extras.backend,
         )
+
+    def runs_on(self, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """The backend that `attend` will take: agents have no Triton kernel.
+
+        Raises:
+            FastDiffError: If there is no such backend, or it is `"triton"`.
+        """
+        return agent_backend(backend)
 
     def enter(self, hidden: torch.Tensor, plan: AgentPlan, extras) -> torch.Tensor:
         """Finds similar tokens by the block's input and merges them, if `merge_ratio` asks for it.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from fastdiff_kernels import BlockPlan, TokenLayout, attention
+from fastdiff_kernels import BlockPlan, TokenLayout, attention, choose_backend
 
 from .base import MethodConfig
 
@@ -81,6 +81,14 @@ class Planner:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, extras) -> torch.Tensor:
         """Attention of one call; `extras` is a `fastdiff_patches.planner.Extras`."""
         return attention(q, k, v, plan, scale=extras.scale, key_mask=extras.key_mask, backend=extras.backend)
+
+    def runs_on(self, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """The backend that `attend` will take for the one that was asked for.
+
+        Raises:
+            FastDiffError: If that one cannot run here.
+        """
+        return choose_backend(backend, device, dtype, head_dim)
 
     def enter(self, hidden: torch.Tensor, plan: BlockPlan, extras) -> torch.Tensor:
         """What the attention module gets instead of `hidden`; called only for a method that needs "block_input"."""

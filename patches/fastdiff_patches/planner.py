@@ -87,6 +87,10 @@ class Planner(Protocol):
         """The attention itself, all tensors `[batch, tokens, heads, head_dim]`. It is traced by torch.compile."""
         ...
 
+    def runs_on(self, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """The backend that `attend` takes where `backend` was asked for, for `summary`; raises where it cannot run."""
+        ...
+
     def enter(self, hidden: torch.Tensor, plan: Plan, extras: Extras) -> torch.Tensor:
         """What the attention module gets instead of its input, before its projections; only with "block_input"."""
         ...
