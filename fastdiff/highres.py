@@ -12,7 +12,7 @@ from fastdiff_kernels import Grid, InvalidInputError, TokenLayout, UnsupportedEr
 
 from .api import apply, remove
 from .clear_weights import load_clear_weights
-from .methods.base import check_choice, check_number
+from .methods.base import check_choice, check_number, check_share, check_whole
 from .methods.clear import ClearConfig
 
 if TYPE_CHECKING:
@@ -62,11 +62,8 @@ class HighResolution:
         if not isinstance(self.clear, ClearConfig):
             raise InvalidInputError(f"clear is {self.clear!r}; give a ClearConfig.")
         for name, low in (("upscale", 2), ("steps", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise InvalidInputError(f"{name} is {value!r}; give a whole number from {low}.")
-        if isinstance(self.strength, bool) or not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
-            raise InvalidInputError(f"strength is {self.strength!r}; it must be a number above 0 and up to 1.")
+            check_whole(name, getattr(self, name), low)
+        check_share("strength", self.strength)
         for name, low, high in (("guidance", 0, 1e3), ("low_guidance", 0, 1e3), ("ntk_factor", 1, 1e4)):
             check_number(name, getattr(self, name), low, high)
         check_number("shift", self.shift, 0.01, 100)
@@ -194,7 +191,7 @@ def _check(pipe: Any, height: int, width: int, settings: HighResolution, argumen
     for name, size in (("height", height), ("width", width)):
         if isinstance(size, bool) or not isinstance(size, int) or size < token or size % token:
             raise InvalidInputError(f"{name} is {size!r}; give a multiple of {token} pixels.")
-    # What the second pass would refuse is refused before the first.
+    # What can be seen of the second pass without loading weights is refused before the first.
     if settings.weights is not None and not Path(settings.weights).is_file():
         raise InvalidInputError(f"weights is {settings.weights!r}; give the path of a file that exists, or None.")
     settings.clear.build_plan(TokenLayout.self_attention(Grid(1, height // token, width // token)))

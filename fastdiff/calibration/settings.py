@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdiff.methods.base import check_choice, check_density, check_number
-from fastdiff_kernels import InvalidInputError
+from fastdiff.methods.base import check_choice, check_density, check_number, check_share, check_whole
 
 OBJECTIVES = ("mass", "paper")
 MASKS = ("global", "row")
@@ -26,14 +25,12 @@ class CalibrationSettings:
 
     def __post_init__(self):
         check_density(self.density)
-        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
-            raise InvalidInputError(f"groups is {self.groups!r}; it must be a whole number from 1 on.")
+        check_whole("groups", self.groups, 1)
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("mask", self.mask, MASKS)
-        for name in ("sample", "alpha", "epsilon", "sigma"):
+        check_share("sample", self.sample)
+        for name in ("alpha", "epsilon", "sigma"):
             check_number(name, getattr(self, name), 0, 1)
-        if self.sample == 0:
-            raise InvalidInputError("sample is 0; it must be above 0 and at most 1.")
 
     def needed_bytes(self, layers: int, heads: int, tokens: int, block: int) -> int:
         """Memory for the statistics, on the CPU."""

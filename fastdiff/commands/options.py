@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -191,7 +191,7 @@ def check_defaults(method: str) -> None:
     """
     from fastdiff.methods import METHODS
 
-    missing = [field.name for field in fields(METHODS[method]) if field.default is field.default_factory is MISSING]
+    missing = METHODS[method].required()
     if missing:
         raise _invalid(
             f"--method {method} has no default for {', '.join(missing)}; give --density, or say it with --config."

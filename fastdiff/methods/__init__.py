@@ -20,7 +20,7 @@ from .planner import Planner
 from .radial import RadialConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
-    kind.method: kind for kind in (RadialConfig, NeighborhoodConfig, ClearConfig, AgentConfig, ParoConfig)
+    kind.method: kind for kind in (RadialConfig, NeighborhoodConfig, ClearConfig, ParoConfig, AgentConfig)
 }
 
 __all__ = [

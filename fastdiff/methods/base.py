@@ -67,6 +67,11 @@ class MethodConfig(ABC):
         return json.dumps(self.to_dict())
 
     @classmethod
+    def required(cls) -> list[str]:
+        """The fields that have no default."""
+        return [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MethodConfig:
         """The inverse of `to_dict`; keys left out take their defaults.
 
@@ -85,10 +90,36 @@ class MethodConfig(ABC):
         for key in values:
             if key not in known:
                 raise InvalidInputError(f"{cls.method} has no setting {key!r}; it has {', '.join(known)}.")
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        missing = [name for name in cls.required() if name not in values]
         if missing:
             raise InvalidInputError(f"{cls.method} has no default for {', '.join(missing)}; say what it should be.")
         return cls(**values)
+
+
+# Tokens in a block, for methods whose plans are blocks of one size.
+BLOCK_SIZES = (32, 64, 128)
+
+
+def block_on(grid: Grid, block_size: int) -> int:
+    """A block size that suits a grid: below 8,192 tokens at most 64, below 4,096 at most 32."""
+    return min(block_size, 32 if grid.tokens < 4096 else 64 if grid.tokens < 8192 else 128)
+
+
+def is_whole(value: Any, low: int) -> bool:
+    """Whether `value` is a whole number from `low`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def is_positive(value: Any) -> bool:
+    """Whether `value` is a finite number above 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < float("inf")
+
+
+def check_whole(name: str, value: Any, low: int) -> None:
+    """Raises InvalidInputError unless `value` is a whole number from `low`."""
+    if not is_whole(value, low):
+        raise InvalidInputError(f"{name} is {value!r}; give a whole number from {low}.")
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
@@ -98,10 +129,15 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
         raise InvalidInputError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}.")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raises InvalidInputError unless `value` is a number above 0 and up to 1."""
+    if not is_positive(value) or value > 1:
+        raise InvalidInputError(f"{name} is {value!r}; it must be a number above 0 and up to 1.")
+
+
 def check_density(value: Any) -> None:
     """Raises InvalidInputError unless `value` is a density that can be asked for."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise InvalidInputError(f"density is {value!r}; it must be a number above 0 and up to 1.")
+    check_share("density", value)
 
 
 def largest_within(steps: int, fits: Callable[[int], bool]) -> int:

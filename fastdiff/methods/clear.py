@@ -12,10 +12,19 @@ import torch
 from fastdiff_kernels import Grid, InvalidInputError, Rule, TokenLayout
 from fastdiff_kernels.ball import choose_order
 
-from .base import MethodConfig, check_choice, check_density, largest_within
+from .base import (
+    BLOCK_SIZES,
+    MethodConfig,
+    block_on,
+    check_choice,
+    check_density,
+    check_whole,
+    is_positive,
+    is_whole,
+    largest_within,
+)
 from .clear_planner import ClearPlan, ClearPlanner, pooled_layout
 
-_BLOCKS = (32, 64, 128)
 _INT32 = 2**31 - 1
 # Ratios of unlike radii are read as fractions up to this denominator; their squares stand in an int32 rule.
 _RATIO = 1000
@@ -69,18 +78,17 @@ class ClearConfig(MethodConfig):
         if isinstance(self.radius, list):
             object.__setattr__(self, "radius", tuple(self.radius))
         radii = self.radius if isinstance(self.radius, tuple) else (self.radius,) * 3
-        if len(radii) != 3 or not all(map(_positive, radii)):
+        if len(radii) != 3 or not all(map(is_positive, radii)):
             raise InvalidInputError(
                 f"radius is {self.radius!r}; give a number of tokens above 0, or three for (frames, rows, columns)."
             )
-        if self.pool_factor is not None and not _whole(self.pool_factor, 2):
+        if self.pool_factor is not None and not is_whole(self.pool_factor, 2):
             raise InvalidInputError(
                 f"pool_factor is {self.pool_factor!r}; give a whole number from 2, or None for no pooled keys."
             )
         check_choice("proportional", self.proportional, (True, False))
-        if not _whole(self.train_tokens, 2):
-            raise InvalidInputError(f"train_tokens is {self.train_tokens!r}; give a whole number from 2.")
-        check_choice("block_size", self.block_size, _BLOCKS)
+        check_whole("train_tokens", self.train_tokens, 2)
+        check_choice("block_size", self.block_size, BLOCK_SIZES)
 
     def planner(self) -> ClearPlanner:
         return ClearPlanner(self)
@@ -104,7 +112,7 @@ class ClearConfig(MethodConfig):
 
     def block_for(self, grid: Grid) -> int:
         """The block size on this grid: below 8,192 tokens at most 64, below 4,096 at most 32."""
-        return min(self.block_size, 32 if grid.tokens < 4096 else 64 if grid.tokens < 8192 else 128)
+        return block_on(grid, self.block_size)
 
     def rule(self, grid: Grid, frames: int | None = None) -> Rule:
         """Which keys of a grid a query sees, in whole numbers.
@@ -175,12 +183,3 @@ class ClearConfig(MethodConfig):
                 f"blocks of {config(0).block_for(grid)}; ask for that or more, or give {advice}."
             )
         return config(largest_within(steps, lambda step: reached(step) <= density))
-
-
-def _positive(value) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
-
-
-def _whole(value, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -14,13 +14,12 @@ from fastdiff_kernels.box import Axes, box_rule
 from fastdiff_kernels.order import GridOrder
 from fastdiff_kernels.walk import choose_order
 
-from .base import MethodConfig, check_choice, check_density, largest_within
+from .base import BLOCK_SIZES, MethodConfig, check_choice, check_density, is_whole, largest_within
 from .neighborhood_axis import AxisSetting
 
 log = logging.getLogger("fastdiff")
 
 _AXES = ("frames", "height", "width")
-_BLOCKS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class NeighborhoodConfig(MethodConfig):
     With a stride, neighbouring queries share the window of their group's leader, so that whole tiles see the same
     keys. With a dilation d, a query sees every d-th token. A causal axis ends at the query.
 
-        window 5        . . # # Q # # . .        stride 3       . # # Q # # . . .
-        at a border     Q # # # # . . . .        (a group)      . # # # Q # . . .
-        dilation 2      # . # . Q . # . #        causal         . # # # # # Q . .
+        window 5        . . # # Q # # . .        stride 3       . . # Q # # # . .
+        at a border     Q # # # # . . . .        (a group)      . . # # # Q # . .
+        dilation 2      # . # . Q . # . #        causal         . . # # # # Q . .
 
     The usual shapes have names: `sliding`, `blocked`, `tiled`, `axial`, `dilated`; `preset` knows published settings.
 
@@ -45,7 +44,8 @@ class NeighborhoodConfig(MethodConfig):
         stride: Queries that share a window, 1 to the window, one number or one for each axis. Larger is faster.
         dilation: Distance of the keys on each axis, likewise.
         causal: Whether a query sees no later key, likewise.
-        block_size: Tokens in a block, 32, 64 or 128.
+        block_size: Tokens in a block, 32, 64 or 128. Smaller follows the window more closely, larger runs faster for
+            each block.
         small_grid: What to do on an axis shorter than window x dilation: `"warn"` clips the window to the axis,
             `"error"` raises. Axes of one token are exempt.
     """
@@ -67,11 +67,11 @@ class NeighborhoodConfig(MethodConfig):
         if not isinstance(window, tuple) or not 1 <= len(window) <= 3:
             raise InvalidInputError(f"window is {window!r}; give 1 to 3 numbers, such as (18, 24, 24).")
         for width in window:
-            if width is not None and not _whole(width, 1):
+            if width is not None and not is_whole(width, 1):
                 raise InvalidInputError(f"window is {window!r}; each axis takes None or a whole number from 1.")
         for name, low in (("stride", 1), ("dilation", 1), ("causal", None)):
             values = self._per_axis(name)
-            fits = all(isinstance(v, bool) if low is None else _whole(v, low) for v in values)
+            fits = all(isinstance(v, bool) if low is None else is_whole(v, low) for v in values)
             if len(values) != len(window) or not fits:
                 kind = "True or False" if low is None else "a whole number from 1"
                 raise InvalidInputError(
@@ -80,7 +80,7 @@ class NeighborhoodConfig(MethodConfig):
         for width, stride in zip(window, self._per_axis("stride"), strict=True):
             if width is not None and stride > width:
                 raise InvalidInputError(f"stride {stride} is larger than its window {width}; give at most the window.")
-        check_choice("block_size", self.block_size, _BLOCKS)
+        check_choice("block_size", self.block_size, BLOCK_SIZES)
         check_choice("small_grid", self.small_grid, ("warn", "error"))
 
     @classmethod
@@ -103,7 +103,7 @@ class NeighborhoodConfig(MethodConfig):
             **settings: Further settings of the config.
         """
         counts = tiles if isinstance(tiles, tuple) else (tiles,) * len(tile)
-        if len(counts) != len(tile) or not all(_whole(count, 1) for count in counts):
+        if len(counts) != len(tile) or not all(is_whole(count, 1) for count in counts):
             raise InvalidInputError(f"tiles is {tiles!r}; give a whole number from 1, or {len(tile)} of them.")
         window = tuple(side and side * count for side, count in zip(tile, counts, strict=True))
         return cls(window, stride=tuple(side or 1 for side in tile), **settings)
@@ -280,7 +280,3 @@ def _only_on(grid: Grid, grid_order: GridOrder) -> GridOrder:
 def _warn_once(message: str) -> None:
     # Every layer and every length of text builds a plan; one line for all of them is enough.
     log.warning(message)
-
-
-def _whole(value, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low

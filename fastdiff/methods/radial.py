@@ -9,11 +9,10 @@ import torch
 
 from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, Rule, TokenLayout, centred, raster_order, snake_order
 
-from .base import MethodConfig, check_choice, check_density, check_number, largest_within
+from .base import BLOCK_SIZES, MethodConfig, block_on, check_choice, check_density, check_number, largest_within
 from .radial_reference import reference_plan
 
 MODES = ("tiled", "raster", "reference")
-BLOCK_SIZES = (32, 64, 128)
 
 # The METRIC rule squares raster distances in int32.
 _RASTER_LIMIT = 46_340
@@ -88,7 +87,7 @@ class RadialConfig(MethodConfig):
 
     def block_for(self, grid: Grid) -> int:
         """The block size on this grid: below 8,192 tokens at most 64, below 4,096 at most 32."""
-        return min(self.block_size, 32 if grid.tokens < 4096 else 64 if grid.tokens < 8192 else 128)
+        return block_on(grid, self.block_size)
 
     def widths(self, grid: Grid) -> torch.Tensor:
         """For each distance in frames the width w, int64 `[frames]`: blocks fewer than w tokens apart are computed.
