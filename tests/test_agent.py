@@ -141,7 +141,7 @@ def test_coarse_levels_where_agents_do_not_pay_stay_dense():
     [
         (AgentConfig(105), around(GRID), "105 agents are no fewer than the 105 tokens"),
         (AgentConfig(53), around(GRID), "twice 53 agents are no fewer than the 105 tokens kept"),
-        (AgentConfig((4, 2, 2)), around(GRID), "4x2x2 cells do not fit"),
+        (AgentConfig((4, 2, 2)), around(GRID), f"4x2x2 cells do not fit a grid of {GRID}; give fewer"),
         (AgentConfig(40, source="merge", merge_ratio=0.3), around(GRID), "no fewer than the 74 tokens kept"),
         (AgentConfig(50), TokenLayout.self_attention(GRID, text_after=900), "density of 1.042"),
     ],

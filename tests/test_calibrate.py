@@ -252,7 +252,7 @@ class TestWan:
             ({"density": 0}, "density is 0"),
             ({"density": 1.5}, "density is 1.5"),
             ({"groups": 0}, "groups is 0"),
-            ({"groups": 5}, "group 5 of 5 saw no denoising step"),
+            ({"groups": 5}, "groups is 5 and the run has 4 steps"),
             ({"objective": "best"}, "allowed are mass, paper"),
             ({"mask": "column"}, "allowed are global, row"),
             ({"sample": 0}, "sample is 0"),

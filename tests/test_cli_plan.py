@@ -178,7 +178,7 @@ class TestLayersAndHeads:
 
     def test_there_are_no_others(self, fails, calibration):
         assert "3, counted from 0" in fails("plan", *self.WORDS, calibration, "--head", 3)
-        assert "layer 2" in fails("plan", *self.WORDS, calibration, "--layer", 2)
+        assert "layer is 2" in fails("plan", *self.WORDS, calibration, "--layer", 2)
         assert "0 or more" in fails("plan", "--layer", "-1")
 
     def test_a_dense_layer_is_told(self, plan, fails, capsys, monkeypatch, tmp_path):

@@ -186,6 +186,8 @@ class TestPlanner:
         Calibration(1, (*made.layers, None), made.fingerprint, {}).save(path)
         with pytest.raises(UnsupportedError, match="layer 1, which stayed dense"):
             ask(ParoConfig(str(path)).planner(), 1)
+        with pytest.raises(InvalidInputError, match="layer is 2; .* with 2 self-attention layers"):
+            ask(ParoConfig(str(path)).planner(), 2)
 
 
 class TestFile:

@@ -118,6 +118,10 @@ class Recorder(Planner):
                 "the scheduler does not tell the denoising step, so its group is unknown; calibrate a pipeline whose "
                 "scheduler does, by calling it."
             )
+        if steps < self.groups:
+            raise InvalidInputError(
+                f"groups is {self.groups} and the run has {steps} steps; give at most as many groups as steps."
+            )
         if layer in self.records and self.check is not None:
             check, self.check = self.check, None
             check(self.records)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fastdiff_kernels import AgentPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
 from fastdiff_kernels.agent_spans import AgentSpans
 
-from .base import MethodConfig, check_choice, check_density, check_number, largest_within
+from .base import MethodConfig, check_choice, check_density, check_number, is_whole, largest_within
 
 if TYPE_CHECKING:
     from .agent_planner import AgentPlanner
@@ -74,7 +74,7 @@ class AgentConfig(MethodConfig):
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         counts = self.agents if isinstance(self.agents, tuple) else (self.agents,)
-        whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts)
+        whole = all(is_whole(count, 1) for count in counts)
         if not whole or (isinstance(self.agents, tuple) and len(counts) not in (2, 3)):
             raise InvalidInputError(
                 f"agents is {self.agents!r}; give a whole number from 1, or cells as (height, width) or (frames, "
@@ -174,16 +174,17 @@ class AgentConfig(MethodConfig):
         grid = layout.grid
         cells = self.cells(grid)
         asked = self.agents if isinstance(self.agents, int) else cells.tokens
+        slower = "so that dense attention is faster"
         if asked >= grid.tokens:
-            return f"{asked} agents are no fewer than the {grid.tokens} tokens of a grid of {grid}"
+            return f"{asked} agents are no fewer than the {grid.tokens} tokens of a grid of {grid}, {slower}"
         if any(getattr(cells, axis) > getattr(grid, axis) for axis in ("frames", "height", "width")):
             return f"{cells} cells do not fit a grid of {grid}"
         kept = grid.tokens - self._merged(grid, cells)
         if 2 * asked >= kept:
-            return f"twice {asked} agents are no fewer than the {kept} tokens kept of a grid of {grid}"
+            return f"twice {asked} agents are no fewer than the {kept} tokens kept of a grid of {grid}, {slower}"
         density = self._density(layout)
         if density >= 1:
-            return f"with so much beside the grid of {grid}, {asked} agents reach a density of {density:.3f}"
+            return f"with so much beside the grid of {grid}, {asked} agents reach a density of {density:.3f}, {slower}"
         return None
 
     def build_plan(self, layout: TokenLayout) -> AgentPlan:
@@ -200,7 +201,7 @@ class AgentConfig(MethodConfig):
             )
         obstacle = self.obstacle(layout)
         if obstacle is not None:
-            raise InvalidInputError(f"{obstacle}, so that dense attention is faster; give fewer agents.")
+            raise InvalidInputError(f"{obstacle}; give fewer agents.")
         cells = self.cells(layout.grid)
         return AgentPlan.from_cells(layout, cells, merged=self._merged(layout.grid, cells))
 

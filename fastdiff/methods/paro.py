@@ -125,7 +125,7 @@ class ParoPlanner(Planner):
         """The plan of one layer in the group of one step.
 
         Raises:
-            InvalidInputError: If the file was made for another grid or another number of heads.
+            InvalidInputError: If the file was made for another grid or number of heads, or for fewer layers.
             UnsupportedError: If the layout has not exactly one grid, or the file left this layer out.
         """
         masks = self._masks(layer)
@@ -136,7 +136,13 @@ class ParoPlanner(Planner):
         return self._cache.get(key, lambda: paro_plan(layout, masks.orders.tolist(), masks.mask(group, device)))
 
     def _masks(self, layer: int) -> LayerMasks:
-        masks = self.calibration.layers[layer] if layer < len(self.calibration.layers) else None
+        layers = self.calibration.layers
+        if layer >= len(layers):
+            raise InvalidInputError(
+                f"layer is {layer}; the calibration {self.config.calibration} was made for a model with {len(layers)} "
+                "self-attention layers, counted from 0."
+            )
+        masks = layers[layer]
         if masks is None:
             raise UnsupportedError(
                 f"the calibration {self.config.calibration} has no masks for layer {layer}, which stayed dense when it "
