@@ -19,7 +19,7 @@ from fastdiff.commands.plan import plan
 
 app = typer.Typer(
     name="fastdiff",
-    help="Sparse self-attention for diffusers pipelines: generate, compare, look at plans.",
+    help="Sparse self-attention for diffusers pipelines: generate, compare, calibrate, look at plans.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
