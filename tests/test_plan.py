@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import is_dataclass
 
 import pytest
 import torch
@@ -118,6 +119,39 @@ def test_handle_finds_the_plan_while_it_lives():
     del plan
     with pytest.raises(InvalidInputError, match="no longer exists"):
         plan_of(handle)
+
+
+@pytest.mark.parametrize("block", [7, 10, 20, 24])
+def test_blocks_of_any_size_lose_no_pair(block):
+    layout = TokenLayout.self_attention(Grid(2, 9, 11), 3)
+    rule = box_rule(layout.grid, (1, 1, 1))
+    plan = BlockPlan.from_rule(layout, rule, block_q=block, block_k=block, grid_order=snake_order)
+    assert torch.equal(dense_mask(plan)[0], truth_of(layout, rule))
+
+
+@pytest.mark.parametrize("kind", ["metric", "box", "bits"])
+def test_bytes_count_what_is_derived_later(kind):
+    layout = TokenLayout.self_attention(Grid(2, 5, 7), 3)
+    if kind == "bits":
+        plan, _ = random_bits_plan(75, 41, heads=3)
+    else:
+        rule = metric_rule(2) if kind == "metric" else box_rule(layout.grid)
+        plan = BlockPlan.from_rule(layout, rule, block_q=16, block_k=32)
+
+    def tensors(part) -> dict:
+        if isinstance(part, torch.Tensor):
+            return {part.data_ptr(): part}
+        values = vars(part).values() if is_dataclass(part) else ()
+        return {place: x for value in values for place, x in tensors(value).items()}
+
+    def held() -> int:
+        return sum(x.nbytes for x in tensors(plan).values() if x is not plan.handle and x.numel())
+
+    before = plan.nbytes
+    assert before == held()
+    assert plan.transposed is not None
+    assert plan.kernel_rule is not None
+    assert plan.nbytes == held() > before
 
 
 def test_large_plan_holds_no_square_tensor():

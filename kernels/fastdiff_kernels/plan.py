@@ -57,7 +57,9 @@ class BlockPlan:
             )
         number = next(_numbers)
         object.__setattr__(self, "launch_order", longest_first(self.full, self.partial))
-        object.__setattr__(self, "handle", torch.tensor(number))
+        # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
+        with torch.inference_mode(False):
+            object.__setattr__(self, "handle", torch.tensor(number))
         _plans[number] = self
 
     def __repr__(self) -> str:
@@ -203,9 +205,18 @@ class BlockPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors, with what has been derived from them so far."""
+        lists = [self.full, self.partial]
         tensors = [self.query.order, self.query.table, self.key.order, self.key.table, self.rule.parameters]
-        tensors += [self.full.offsets, self.full.indices, self.partial.offsets, self.partial.indices]
-        return sum(t.nbytes for t in (*tensors, self.bits, self.launch_order))
+        tensors += [self.bits, self.launch_order]
+        columns, rule = (self.__dict__.get(name) for name in ("transposed", "kernel_rule"))
+        if columns is not None:
+            lists += [columns.full, columns.partial]
+            tensors += [columns.bit_place, columns.launch_order]
+        if rule is not None:
+            # Where it is no shorter it is the plan's own.
+            tensors += [x for x in (rule.query, rule.key, rule.parameters) if not any(x is t for t in tensors)]
+        return sum(t.nbytes for t in (*tensors, *(x for some in lists for x in (some.offsets, some.indices))))
 
     def density(self) -> float:
         """Area of the computed tiles / (query tokens x key tokens); padding can push it above 1."""

@@ -10,7 +10,7 @@ import torch
 from .order import Side
 from .rule import Rule
 
-# A block is split into so many parts at a time, and so many pairs of parts are looked at together.
+# A block is split into so many parts at a time at most, and so many pairs of parts are looked at together.
 _PARTS, _TOGETHER = 4, 1 << 17
 
 
@@ -117,5 +117,6 @@ def _meet(query: _Parts, key: _Parts, q: torch.Tensor, k: torch.Tensor) -> tuple
 
 
 def _split(parts: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
-    count = min(_PARTS, size)
+    # As many as divide it; a prime number of slots falls apart at once.
+    count = next((n for n in range(_PARTS, 1, -1) if size % n == 0), size)
     return parts[:, None] * count + torch.arange(count, device=parts.device), size // count
