@@ -187,6 +187,63 @@ def test_transposed_lists_name_the_same_blocks():
     assert torch.equal(bits.transpose(1, 2)[state.transpose(1, 2)], by_column)
 
 
+def test_a_plan_first_wanted_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        plan = metric_plan(Grid(2, 5, 7))
+        attention(*draw(plan), plan)
+    for backend in (*BACKENDS, "reference"):
+        q, k, v = (x.requires_grad_() for x in draw(plan))
+        attention(q, k, v, plan, backend=backend).sum().backward()
+        assert q.grad.isfinite().all()
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    from fastdiff_kernels import block_sparse, block_sparse_backward
+
+    plan, within = metric_plan(Grid(2, 5, 7)), []
+
+    class Guard(torch.cuda.device_of):
+        def __init__(self, x):
+            super().__init__(x)
+            self.device = x.device
+
+        def __enter__(self):
+            super().__enter__()
+            within.append(self.device)
+
+        def __exit__(self, *error):
+            within.pop()
+            return super().__exit__(*error)
+
+    def watched(kernel):
+        def run(q, *more):
+            seen.append(list(within))
+            return kernel(q, *more)
+
+        return run
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for module, name in ((block_sparse, "forward"), (block_sparse_backward, "backward")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    q, k, v = (x.requires_grad_() for x in draw(plan))
+    attention(q, k, v, plan, backend="triton").sum().backward()
+    assert seen == [[q.device], [q.device]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    plan = metric_plan(Grid(2, 5, 7)).to("cuda:1")
+    q, k, v = (x.to("cuda:1").requires_grad_() for x in draw(plan))
+    grads = []
+    for backend in ("triton", "reference"):
+        out = attention(q, k, v, plan, backend=backend)
+        grads.append((out, *torch.autograd.grad((out**2).sum(), (q, k, v))))
+    for ours, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, truth, atol=2e-5, rtol=1e-4)
+
+
 def test_dense_plan_equals_sdpa():
     layout = TokenLayout.self_attention(Grid(2, 5, 7), 3)
     plan = BlockPlan.from_rule(layout, Rule.metric(torch.tensor([1000, 1000])), block_q=32, block_k=32)

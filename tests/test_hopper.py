@@ -103,6 +103,15 @@ def test_it_equals_the_reference(name, head_dim, dtype, poison):
     assert torch.equal(attention(q, k, v, plan, backend="triton"), attention(q, k, v, plan, backend="triton"))
 
 
+def test_the_interpreter_takes_the_portable_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("fastdiff_kernels.tuning._load_hopper", lambda: "kernel")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert hopper_kernel(torch.device("cuda", 0)) == "kernel"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert hopper_kernel(torch.device("cuda", 0)) is None
+
+
 @on_hopper
 @pytest.mark.gpu
 def test_other_calls_are_left_to_the_portable_kernel():

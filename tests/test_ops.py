@@ -4,7 +4,7 @@ import pytest
 import torch
 from plans import metric_plan
 
-from fastdiff_kernels import Grid, attention
+from fastdiff_kernels import Grid, InvalidInputError, attention
 from fastdiff_kernels.ops import block_sparse, block_sparse_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +53,19 @@ def test_fullgraph_compile_with_one_graph_for_many_plans():
         layer = Layer(plan)
         torch.testing.assert_close(run(layer, q, k, v), layer(q, k, v))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("tokens", [29, 31])
+def test_compiled_calls_that_do_not_fit_are_refused(tokens, backend):
+    plan = metric_plan(Grid(2, 3, 5))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def run(x):
+        return attention(x, x, x, plan, backend=backend)
+
+    with pytest.raises(InvalidInputError, match="this plan is for 30"):
+        run(torch.randn(1, tokens, 2, 16, device=DEVICE))
 
 
 def test_compiled_gradients():

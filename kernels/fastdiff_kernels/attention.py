@@ -8,7 +8,7 @@ import os
 import torch
 
 from .errors import InvalidInputError, MissingDependencyError, UnsupportedError
-from .ops import block_sparse
+from .ops import block_sparse, check_call
 from .plan import BlockPlan
 from .reference import reference
 
@@ -119,34 +119,3 @@ def backends() -> list[tuple[str, bool, str]]:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def check_call(q, k, v, plan, key_mask) -> None:
-    """Raises InvalidInputError unless tensors and mask fit each other and the plan."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise InvalidInputError(f"{name} has the shape {list(x.shape)}; give [batch, tokens, heads, head_dim].")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise InvalidInputError(
-                f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; give all three alike."
-            )
-    if not q.dtype.is_floating_point:
-        raise InvalidInputError(f"q, k and v are {q.dtype}; give floating-point tensors.")
-    batch, tokens, heads, dim = q.shape
-    if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, dim):
-        raise InvalidInputError(
-            f"q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}; batch, heads and head_dim must be "
-            "equal, and k and v of one shape. Repeat grouped key-value heads first."
-        )
-    if tokens != plan.query_tokens or k.shape[1] != plan.key_tokens:
-        raise InvalidInputError(
-            f"q has {tokens} tokens and k {k.shape[1]}; this plan is for {plan.query_tokens} and {plan.key_tokens}. "
-            "Build the plan from the layout of this call."
-        )
-    if plan.heads not in (None, heads):
-        raise InvalidInputError(f"q has {heads} heads; this plan has lists for {plan.heads}.")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, k.shape[1])):
-        raise InvalidInputError(
-            f"key_mask is {key_mask.dtype} {list(key_mask.shape)}; give bool [{batch}, {k.shape[1]}], True where a "
-            "key exists."
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .errors import InvalidInputError
 from .plan import plan_of
 from .portable import portable, portable_backward
 from .tuning import hopper_kernel
@@ -21,9 +22,14 @@ def block_sparse(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[batch, query tokens, heads, head_dim]`, and log-sum-exp `[batch, heads, query tokens]` or nothing."""
-    plan = plan_of(handle).to(q.device)
+    plan = plan_of(handle)
+    # Compiled code comes here unchecked, and a kernel would read and write beyond its tensors.
+    check_call(q, k, v, plan, key_mask)
+    plan = plan.to(q.device)
     forward = _triton_forward if backend == "triton" else portable
-    out, lse = forward(q, k, v, plan, scale, key_mask, return_lse)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(q):
+        out, lse = forward(q, k, v, plan, scale, key_mask, return_lse)
     lse = lse.to(torch.float32) if return_lse else q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse
 
@@ -63,7 +69,8 @@ def block_sparse_backward(
     if backend == "triton":
         from .block_sparse_backward import backward
 
-        grads = backward(grad, grad_lse, q, k, v, out, lse, plan, scale, key_mask)
+        with torch.cuda.device_of(q):
+            grads = backward(grad, grad_lse, q, k, v, out, lse, plan, scale, key_mask)
     else:
         grads = portable_backward(grad, grad_lse, q, k, v, plan, scale, key_mask)
     return tuple(x.contiguous() for x in grads)
@@ -88,3 +95,34 @@ def _backward(ctx, grad, grad_lse):
 
 
 block_sparse.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_call(q, k, v, plan, key_mask) -> None:
+    """Raises InvalidInputError unless tensors and mask fit each other and the plan."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise InvalidInputError(f"{name} has the shape {list(x.shape)}; give [batch, tokens, heads, head_dim].")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise InvalidInputError(
+                f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; give all three alike."
+            )
+    if not q.dtype.is_floating_point:
+        raise InvalidInputError(f"q, k and v are {q.dtype}; give floating-point tensors.")
+    batch, tokens, heads, dim = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, dim):
+        raise InvalidInputError(
+            f"q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}; batch, heads and head_dim must be "
+            "equal, and k and v of one shape. Repeat grouped key-value heads first."
+        )
+    if tokens != plan.query_tokens or k.shape[1] != plan.key_tokens:
+        raise InvalidInputError(
+            f"q has {tokens} tokens and k {k.shape[1]}; this plan is for {plan.query_tokens} and {plan.key_tokens}. "
+            "Build the plan from the layout of this call."
+        )
+    if plan.heads not in (None, heads):
+        raise InvalidInputError(f"q has {heads} heads; this plan has lists for {plan.heads}.")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, k.shape[1])):
+        raise InvalidInputError(
+            f"key_mask is {key_mask.dtype} {list(key_mask.shape)}; give bool [{batch}, {k.shape[1]}], True where a "
+            "key exists."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -95,6 +96,9 @@ def shared_memory_of(device: torch.device) -> int:
 def hopper_kernel(device: torch.device) -> ModuleType | None:
     """The module with the kernel for this GPU's architecture, None where there is none and the portable one runs."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # The interpreter has no Gluon.
         return None
     return _load_hopper()
 
