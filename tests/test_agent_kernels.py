@@ -91,6 +91,12 @@ def test_pooling_is_the_mean_of_each_cell(grid, cells):
     torch.testing.assert_close(low.double(), cell_means(x, plan.cells), atol=2e-2, rtol=2e-2)
 
 
+def test_the_sum_of_many_half_precision_tokens_stays_finite():
+    plan = AgentPlan.from_cells(around(Grid(3, 40, 50)), Grid(1, 1, 2))
+    x = torch.full((1, plan.grid.tokens, 1, 2), 100.0, dtype=torch.float16)
+    assert (pool_cells(x, plan) == 100).all()
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_density_counts_the_scores_that_are_computed(name, monkeypatch):
     layout = LAYOUTS[name]
@@ -135,6 +141,30 @@ def test_gradients_equal_those_of_the_formula(name, masked):
         grads.append(torch.autograd.grad(out, (q, k, v), upstream))
     for got in grads[:2]:
         torch.testing.assert_close(got, grads[2], atol=1e-11, rtol=1e-9)
+
+
+def test_a_sample_without_keys_does_not_rely_on_the_kernel(monkeypatch):
+    def plain(q, k, v, attn_mask, scale):
+        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~attn_mask, float("-inf"))
+        return scores.softmax(-1) @ v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
+    plan = AgentPlan.from_cells(LAYOUTS["text around"], CELLS)
+    q, k, v = (x.requires_grad_() for x in tensors(LAYOUTS["text around"]))
+    mask = torch.ones(k.shape[:2], dtype=torch.bool)
+    mask[1] = False
+    out = agent_attention(q, k, v, pool_cells(q[:, 2:-3], plan), plan, key_mask=mask)
+    assert (out[1] == 0).all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_a_plan_first_wanted_in_inference_mode_can_be_trained_with():
+    layout = LAYOUTS["text around"]
+    with torch.inference_mode():
+        plan = AgentPlan.from_cells(layout, CELLS)
+    q, k, v = (x.requires_grad_() for x in tensors(layout))
+    agent_attention(q, k, v, pool_cells(q[:, 2:-3], plan), plan).sum().backward()
+    assert q.grad.isfinite().all()
 
 
 def test_hidden_keys_leave_no_trace():

@@ -72,6 +72,16 @@ def test_matching_equals_the_slow_one(sides, ratio, seed):
             torch.testing.assert_close(back[token], expected[kept.index(gone.get(token, token))])
 
 
+def test_the_sum_of_many_half_precision_tokens_stays_finite():
+    plan = plan_for(Grid(1, 40, 50), Grid(1, 1, 2), merged=1000)
+    x = torch.full((1, plan.grid.tokens, 3), 100.0, dtype=torch.float16)
+    found = match(x, plan, torch.tensor(0))
+    assert found.members.sum(-1).max() > 660
+    short = merge(x, found)
+    assert (short == 100).all()
+    assert (pool_matched(short[..., None], found, plan) == 100).all()
+
+
 def test_the_draw_takes_one_token_of_each_cell_and_all_of_them_in_time():
     plan = plan_for(Grid(2, 5, 7), Grid(1, 2, 3))
     taken = torch.stack([draw(torch.tensor(seed), plan) for seed in range(400)])

@@ -80,8 +80,8 @@ def merge(x: torch.Tensor, found: Matching) -> torch.Tensor:
 
     It sums in a product with zeros and ones, which is the same in every run; sums by index are not on a GPU.
     """
-    means = (found.members.to(x.dtype) @ x) / _counts(found, x)[..., None]
-    return x.index_copy(1, found.destinations, means.to(x.dtype)).gather(1, _wide(found.kept, x))
+    means = _means(found.members.to(x.dtype), x, _counts(found, x))
+    return x.index_copy(1, found.destinations, means).gather(1, _wide(found.kept, x))
 
 
 def unmerge(x: torch.Tensor, found: Matching) -> torch.Tensor:
@@ -96,8 +96,16 @@ def pool_matched(x: torch.Tensor, found: Matching, plan: AgentPlan) -> torch.Ten
         counts = _counts(found, x)
         stands_for = counts.new_ones(found.place.shape).index_copy(1, found.destinations, counts)
         weights = (weights * stands_for.gather(1, found.kept)[:, None]).to(x.dtype)
-    totals = weights.sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return ((weights @ x.flatten(2)) / totals).to(x.dtype).unflatten(2, x.shape[2:])
+    totals = weights.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return _means(weights, x.flatten(2), totals).unflatten(2, x.shape[2:])
+
+
+def _means(weights: torch.Tensor, x: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """`weights @ x / totals`, finite where the sum of many float16 tokens would not be."""
+    # A power of two rounds nothing and takes the weights below a total of 1.
+    share, exponent = torch.frexp(totals)
+    power = torch.ldexp(torch.ones_like(totals), -exponent).to(x.dtype)
+    return ((weights * power[..., None]) @ x / share[..., None]).to(x.dtype)
 
 
 def _counts(found: Matching, like: torch.Tensor) -> torch.Tensor:

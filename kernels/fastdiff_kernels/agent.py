@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from .agent_plan import AgentPlan
 from .agent_spans import Ranges
-from .attention import BACKENDS, check_call
+from .attention import BACKENDS
 from .errors import InvalidInputError, UnsupportedError
+from .ops import check_call
 
 
 class AgentBias(NamedTuple):
@@ -30,7 +31,8 @@ class AgentBias(NamedTuple):
 def pool_cells(x: torch.Tensor, plan: AgentPlan) -> torch.Tensor:
     """The mean of each cell: `[batch, grid tokens, ...]` to `[batch, agents, ...]`.
 
-    It sums axis by axis in matrix products, which are the same in every run; sums by index are not on a GPU.
+    It sums axis by axis in matrix products, which are the same in every run; sums by index are not on a GPU. Their
+    weights keep sums of many float16 tokens finite, and being powers of two round nothing.
     """
     grid, cells = plan.grid, plan.cell_grid
     t, y, w = (axis.to(x.dtype) for axis in plan.axes)
@@ -39,8 +41,8 @@ def pool_cells(x: torch.Tensor, plan: AgentPlan) -> torch.Tensor:
     if grid.frames > 1:
         sums = t @ sums.flatten(2)
     sums = sums.reshape(x.shape[0], cells.tokens, -1)
-    counts = plan.sizes.prod(-1).to(torch.promote_types(x.dtype, torch.float32))
-    return (sums / counts[:, None]).to(x.dtype).unflatten(2, x.shape[2:])
+    shares = plan.shares.to(torch.promote_types(x.dtype, torch.float32))
+    return (sums / shares[:, None]).to(x.dtype).unflatten(2, x.shape[2:])
 
 
 def agent_attention(
@@ -166,9 +168,12 @@ def _fused(q, k, v, mask, scale, bias):
             torch.cat([x, _all(F.pad(part * factor, (0, room)), x)], dim=-1)
             for x, part, factor in ((q, bias[0], 1 / scale), (k, bias[1], 1.0))
         )
-    mask = None if mask is None else mask[:, None, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # What a row of nothing gives is up to the kernel, NaN perhaps: it sees everything here and is zeroed afterwards.
+    mask = mask[:, None, None]
+    empty = ~mask.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty, scale=scale).masked_fill(empty, 0)
 
 
 def _explicit(q, k, v, mask, scale, bias):

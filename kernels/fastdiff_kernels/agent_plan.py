@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +27,9 @@ class AgentPlan:
         corners: The first grid token of each cell, int32 `[agents]`.
         sizes: Tokens of each cell on each axis, int32 `[agents, 3]`.
         centres: The query token in the middle of each cell (of an even side the earlier one), int32 `[agents]`.
-        axes: For each axis which of its tokens lie in which cell, 0 or 1, float32 `[cells, tokens]`.
+        axes: For each axis which of its tokens lie in which cell, float32 `[cells, tokens]`: 0, or a power of two so
+            small that no sum over a cell is larger than what is summed.
+        shares: What the sums along all axes are to be divided by, float32 `[agents]`.
     """
 
     spans: AgentSpans
@@ -36,8 +39,11 @@ class AgentPlan:
     sizes: torch.Tensor
     centres: torch.Tensor
     axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    shares: torch.Tensor
 
     @classmethod
+    # Autograd saves the axes, which it could not if the plan was first wanted in inference mode.
+    @torch.inference_mode(False)
     def from_cells(cls, layout: TokenLayout, cell_grid: Grid, *, merged: int = 0) -> AgentPlan:
         """A plan of cells as equal as the grid allows: on each axis they differ by one token at most.
 
@@ -71,18 +77,22 @@ class AgentPlan:
         ]
         size = [edge.diff() for edge in edges]
         cell = [torch.arange(count).repeat_interleave(some) for count, some in zip(counts, size, strict=True)]
+        weights = [2.0 ** -int(some.max() - 1).bit_length() for some in size]
         axes = tuple(
-            (torch.arange(count)[:, None] == index).to(torch.float32) for count, index in zip(counts, cell, strict=True)
+            (torch.arange(count)[:, None] == index).to(torch.float32) * weight
+            for count, index, weight in zip(counts, cell, weights, strict=True)
         )
         first = [edge[:-1] for edge in edges]
         middle = [edge + (some - 1) // 2 for edge, some in zip(first, size, strict=True)]
+        sizes = torch.cartesian_prod(*size)
         tensors = (
             _numbers(cell, counts),
             _numbers(first, sides),
-            torch.cartesian_prod(*size),
+            sizes,
             _numbers(middle, sides) + spans.query_grid[0],
         )
-        return cls(spans, cell_grid, *(tensor.to(torch.int32) for tensor in tensors), axes)
+        shares = sizes.prod(-1).to(torch.float32) * math.prod(weights)
+        return cls(spans, cell_grid, *(tensor.to(torch.int32) for tensor in tensors), axes, shares)
 
     def __repr__(self) -> str:
         merged = f", {self.merged} merged" if self.merged else ""
@@ -92,14 +102,15 @@ class AgentPlan:
         return self
 
     def __reduce__(self):
-        tensors = (self.cells, self.corners, self.sizes, self.centres, self.axes)
+        tensors = (self.cells, self.corners, self.sizes, self.centres, self.axes, self.shares)
         return AgentPlan, (self.spans, self.cell_grid, *tensors)
 
+    @torch.inference_mode(False)
     def to(self, device) -> AgentPlan:
         """The same plan on another device (itself, if it is there)."""
         if torch.device(device) == self.device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in ("cells", "corners", "sizes", "centres")}
+        moved = {name: getattr(self, name).to(device) for name in ("cells", "corners", "sizes", "centres", "shares")}
         return replace(self, **moved, axes=tuple(axis.to(device) for axis in self.axes))
 
     @property
@@ -137,7 +148,7 @@ class AgentPlan:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.cells, self.corners, self.sizes, self.centres, *self.axes))
+        return sum(t.nbytes for t in (self.cells, self.corners, self.sizes, self.centres, *self.axes, self.shares))
 
     def density(self) -> float:
         """Computed scores / (query tokens x key tokens), text included; tokens merged away have no scores."""
