@@ -18,6 +18,7 @@ from fastdiff_kernels import (
     Span,
     TokenLayout,
     UnsupportedError,
+    agent,
     agent_attention,
     pool_cells,
 )
@@ -266,3 +267,33 @@ def test_calls_that_do_not_fit_are_refused():
             agent_attention(plan=plan, **call)
     with pytest.raises(UnsupportedError, match="no kernel for agent"):
         agent_attention(q, k, v, agents, plan, backend="triton")
+
+
+def test_training_goes_past_cudnn(monkeypatch):
+    """On a GPU alone; here the choice of kernels is made as if this were one."""
+    monkeypatch.setattr(agent, "_WITH_CUDNN", ("cpu",))
+    layout = LAYOUTS["text around"]
+    plan = AgentPlan.from_cells(layout, CELLS)
+    q, k, v = (x.float().requires_grad_() for x in tensors(layout, batch=1, heads=2, head_dim=8, seed=0))
+    allowed, sdpa = [], F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa(*args, **kwargs)
+
+    def run(q, k, v):
+        return agent_attention(q, k, v, q[:, : plan.agents], plan)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    eager = run(q, k, v)
+    calls = len(allowed)
+    assert not any(allowed)
+    with torch.no_grad():
+        run(q, k, v)
+    assert len(allowed) == 2 * calls
+    assert all(allowed[calls:])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, v)
+    torch.testing.assert_close(compiled, eager)
+    assert compiled.requires_grad
+    assert torch.backends.cuda.cudnn_sdp_enabled()

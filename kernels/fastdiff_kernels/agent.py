@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .agent_plan import AgentPlan
 from .agent_spans import Ranges
 from .attention import BACKENDS
 from .errors import InvalidInputError, UnsupportedError
 from .ops import check_call
+
+_WITH_CUDNN = ("cuda",)
 
 
 class AgentBias(NamedTuple):
@@ -169,11 +172,20 @@ def _fused(q, k, v, mask, scale, bias):
             for x, part, factor in ((q, bias[0], 1 / scale), (k, bias[1], 1.0))
         )
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return _sdpa(q, k, v, None, scale)
     # What a row of nothing gives is up to the kernel, NaN perhaps: it sees everything here and is zeroed afterwards.
     mask = mask[:, None, None]
     empty = ~mask.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty, scale=scale).masked_fill(empty, 0)
+    return _sdpa(q, k, v, mask | empty, scale).masked_fill(empty, 0)
+
+
+def _sdpa(q, k, v, mask, scale):
+    if not (torch.is_grad_enabled() and q.requires_grad and q.device.type in _WITH_CUDNN):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # cuDNN's gradients may be NaN at lengths that do not suit it (NVIDIA/cudnn-frontend issue 160), and agents and
+    # text come in any number; torch prefers cuDNN on Hopper.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _explicit(q, k, v, mask, scale, bias):
