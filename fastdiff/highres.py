@@ -113,6 +113,10 @@ def high_resolution(
     _check(pipe, height, width, settings, arguments)
     arguments = {**arguments, "prompt": prompt, "generator": generator, "num_inference_steps": settings.steps}
     if image is None:
+        if settings.weights is not None:
+            # A file that does not fit is found before the first pass, and not after it.
+            with _second_pass(pipe, settings):
+                pass
         token = 2 * pipe.vae_scale_factor
         low = {
             name: max(1, round(size / settings.upscale / token)) * token
@@ -191,7 +195,7 @@ def _check(pipe: Any, height: int, width: int, settings: HighResolution, argumen
     for name, size in (("height", height), ("width", width)):
         if isinstance(size, bool) or not isinstance(size, int) or size < token or size % token:
             raise InvalidInputError(f"{name} is {size!r}; give a multiple of {token} pixels.")
-    # What can be seen of the second pass without loading weights is refused before the first.
+    # What can be seen of the second pass without loading weights is refused at once.
     if settings.weights is not None and not Path(settings.weights).is_file():
         raise InvalidInputError(f"weights is {settings.weights!r}; give the path of a file that exists, or None.")
     settings.clear.build_plan(TokenLayout.self_attention(Grid(1, height // token, width // token)))

@@ -330,6 +330,19 @@ def test_high_resolution_runs_both_passes_and_leaves_no_trace(tmp_path):
     assert equal(pipe.transformer, state)
 
 
+def test_weights_that_do_not_fit_are_found_before_the_first_pass(tmp_path):
+    pipe = tiny_flux_pipeline()
+    save_file({"nonsense": torch.zeros(2)}, tmp_path / "other.safetensors")
+    before, state = settings_of(pipe), state_of(pipe.transformer)
+    watched = Watched(pipe)
+    settings = HighResolution(**{**vars(SETTINGS), "weights": str(tmp_path / "other.safetensors")})
+    with pytest.raises(InvalidInputError, match="lacks 14 tensors"):
+        call(pipe, settings)
+    assert watched.calls == []
+    assert settings_of(pipe) == before
+    assert equal(pipe.transformer, state)
+
+
 def test_the_shift_of_the_second_pass_is_the_one_given():
     pipe = tiny_flux_pipeline()
     pipe.scheduler.register_to_config(use_dynamic_shifting=True)
