@@ -12,7 +12,7 @@ from tiny_text import tokenize
 from tiny_world import describe, render, sample_scene
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_loop import Average, Fit, Rate, fit, optimiser
+from train_loop import Fit, Rate, fit_averaged
 from transformers import PreTrainedTokenizerFast
 
 # The longest caption of the grammar has 16 words; the CLIP text models have this many positions.
@@ -114,8 +114,6 @@ def train_denoiser(
         denoiser.compile()
     parts = list(denoiser.parts.values())
     device = caches[0].latents.device
-    adam = optimiser(parts, betas=(0.9, 0.99), decay=0.01)
-    average = Average(parts, decay=0.999)
     empty = tokenize(denoiser.tokenizer, [""], CAPTION_TOKENS).to(device)
     dice = random.Random(seed)
     weights = [cache.bucket.weight for cache in caches]
@@ -133,10 +131,4 @@ def train_denoiser(
         ):
             return denoiser.loss(cache.latents[chosen].float(), tokens, bucket.text_tokens)
 
-    for part in parts:
-        part.train()
-    result = fit("denoiser", adam, step, iterations, rate, average, seconds)
-    average.apply()
-    for part in parts:
-        part.eval()
-    return result
+    return fit_averaged("denoiser", parts, step, iterations, rate, seconds)

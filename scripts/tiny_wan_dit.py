@@ -12,7 +12,7 @@ from tiny_world import describe, render, sample_scene
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from train_loop import Average, Fit, Rate, fit, optimiser
+from train_loop import Fit, Rate, fit_averaged
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 # WanPipeline pads every prompt to this many tokens with zeros and masks none of them.
@@ -101,8 +101,6 @@ def train_dit(
     if compiled:
         # One block is compiled for each sequence length and serves all layers.
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    adam = optimiser([transformer, encoder], betas=(0.9, 0.99), decay=0.01)
-    average = Average([transformer, encoder], decay=0.999)
     empty = tokenize(tokenizer, [""], CAPTION_TOKENS).to(device)
     dice = random.Random(seed)
     weights = [cache.bucket.weight for cache in caches]
@@ -111,13 +109,7 @@ def train_dit(
         cache = dice.choices(caches, weights)[0]
         return flow_loss(transformer, encoder, cache, empty)
 
-    transformer.train()
-    encoder.train()
-    result = fit("dit", adam, step, iterations, rate, average, seconds)
-    average.apply()
-    transformer.eval()
-    encoder.eval()
-    return result
+    return fit_averaged("dit", [transformer, encoder], step, iterations, rate, seconds)
 
 
 def flow_loss(transformer: WanTransformer3DModel, encoder: UMT5EncoderModel, cache: Cache, empty: Tensor) -> Tensor:

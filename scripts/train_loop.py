@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,26 @@ def fit(
     bar.close()
     end = time.perf_counter()
     return Fit(done, end - began, max(done - SETTLING, 0) / max(end - settled, 1e-9), losses)
+
+
+def fit_averaged(
+    label: str,
+    modules: Sequence[nn.Module],
+    step: Callable[[], Tensor],
+    iterations: int,
+    rate: Rate,
+    seconds: float | None,
+) -> Fit:
+    """Trains denoisers: `fit` with AdamW over all of `modules`, which are left with their moving average."""
+    adam = optimiser(modules, betas=(0.9, 0.99), decay=0.01)
+    average = Average(modules, decay=0.999)
+    for module in modules:
+        module.train()
+    result = fit(label, adam, step, iterations, rate, average, seconds)
+    average.apply()
+    for module in modules:
+        module.eval()
+    return result
 
 
 def _read(unread: list[Tensor], label: str, iteration: int) -> float:

@@ -1,13 +1,8 @@
 """The portable Triton kernels, compiled for GPUs that are not at hand: they build, and fit shared memory."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from ahead_of_time import shared_memory
 
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # Shared memory that one program may take, in bytes.
 TARGETS = {
     "cuda 80": 166_912,
@@ -17,7 +12,6 @@ TARGETS = {
     "cuda 100": 232_448,
     "hip gfx942": 65_536,
 }
-# Without TRITON_INTERPRET, which the other tests need, and which triton reads once.
 BUILD = """
 import sys
 
@@ -56,13 +50,6 @@ for kernel, tile, own in kernels:
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_build_and_fit(target, tmp_path):
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(KERNELS), "TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path / "build.py"
-    script.write_text(BUILD)
-    command = [sys.executable, str(script), *target.split(), str(TARGETS[target]), "128"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [int(line) for line in done.stdout.split()]
+    found = shared_memory(BUILD, [*target.split(), str(TARGETS[target]), "128"], tmp_path)
     assert len(found) == 3
     assert max(found) <= TARGETS[target]

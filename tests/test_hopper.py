@@ -1,18 +1,13 @@
 """The Hopper kernel: against the reference on a Hopper GPU; elsewhere it is compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ahead_of_time import shared_memory
 from plans import box_rule, metric_rule, random_bits_plan
 
 from fastdiff_kernels import BlockPlan, Grid, Rule, Side, TokenLayout, attention, snake_order
 from fastdiff_kernels.tuning import hopper_kernel
 
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 
@@ -42,13 +37,8 @@ print(built.metadata.shared)
 @pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (64, 4)])
 def test_it_compiles_and_fits_shared_memory(head_dim, rule, tmp_path):
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(KERNELS), "TRITON_CACHE_DIR": str(tmp_path)}
-    (tmp_path / "build.py").write_text(COMPILE)
-    command = [sys.executable, str(tmp_path / "build.py"), str(head_dim), str(rule)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) <= 232_448
+    (found,) = shared_memory(COMPILE, [str(head_dim), str(rule)], tmp_path)
+    assert found <= 232_448
 
 
 def plans() -> dict[str, BlockPlan]:

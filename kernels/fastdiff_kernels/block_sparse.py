@@ -202,8 +202,7 @@ def forward(
     lse = torch.empty((batch, heads, tokens) if return_lse else (1,), dtype=torch.float32, device=q.device)
     k, v = (in_order(x, plan.key.order) for x in (k, v))
     if key_mask is not None:
-        slots = key_mask[:, plan.key.order.clamp(min=0).long()]
-        key_mask = (slots & (plan.key.order >= 0)).to(torch.int8).contiguous()
+        key_mask = mask_in_order(key_mask, plan.key.order)
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_q, block_k = plan.query.block, plan.key.block
@@ -239,6 +238,11 @@ def in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     batch, _, heads, head_dim = x.shape
     rows = place.t() * heads + torch.arange(heads, device=x.device)
     return x.flatten(1, 2).index_select(1, rows.flatten()).view(batch, -1, heads, head_dim)
+
+
+def mask_in_order(key_mask: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Which slots hold a key that exists: bool `[batch, tokens]` to int8 `[batch, 1 or heads, slots]`."""
+    return (key_mask[:, order.clamp(min=0).long()] & (order >= 0)).to(torch.int8).contiguous()
 
 
 def head_step(x: torch.Tensor) -> int:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_sparse import BITS, head_step, in_order, pairs_seen
+from .block_sparse import BITS, head_step, in_order, mask_in_order, pairs_seen
 from .plan import BlockPlan
 from .tuning import backward_tile, shared_memory_of
 
@@ -224,8 +224,7 @@ def backward(
     upstream, query = (in_order(x, plan.query.order) for x in (grad, q))
     key, value = (in_order(x, plan.key.order) for x in (k, v))
     if key_mask is not None:
-        slots = key_mask[:, plan.key.order.clamp(min=0).long()]
-        key_mask = (slots & (plan.key.order >= 0)).to(torch.int8).contiguous()
+        key_mask = mask_in_order(key_mask, plan.key.order)
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_q, block_k = plan.query.block, plan.key.block
