@@ -82,6 +82,14 @@ class FakePlanner:
         return [asked["step"] for asked in self.asked if asked["layer"] == 0]
 
 
+class Watching(FakePlanner):
+    """Also keeps the query of each call."""
+
+    def attend(self, query, key, value, plan, extras):
+        extras.inputs["query"] = query
+        return super().attend(query, key, value, plan, extras)
+
+
 class UsingPlanner(FakePlanner):
     """Its output depends on all that it is given, and it runs compiled."""
 
@@ -110,3 +118,10 @@ def put_on(target, planner, dense_layers=0, dense_steps=0) -> FakePlanner:
     steps = StepReader([] if model is target else [target])
     Attachment(model, planner, DenseSchedule(dense_steps, dense_layers), steps).install(model)
     return planner
+
+
+def rotated(x, cos, sin):
+    """RoPE as `NEEDS["rotary"]` says it."""
+    first, second = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[None, :, None, 0::2], sin[None, :, None, 0::2]
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)

@@ -1,12 +1,14 @@
 """Every family row against its model: which modules, which grid, in which order the tokens stand."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
 
 import pytest
 import torch
-from fake_planner import FakePlanner
-from tiny_models import model_inputs, tiny_wan
+from fake_planner import FakePlanner, Watching, put_on, rotated
+from family_case import present, without_neighbours
+from family_cases_image import IMAGE_CASES
+from family_cases_video import VIDEO_CASES
+from tiny_models import tiny_wan
 from tiny_picture_models import flux_inputs, image_ids, tiny_flux, tiny_unet, unet_inputs
 
 import fastdiff
@@ -18,74 +20,13 @@ from fastdiff_patches.processor import Layer
 
 torch.set_num_threads(1)
 
-VIDEOS = ((3, 3, 5), (1, 1, 2), (2, 5, 4))
-PICTURES = ((1, 5, 7), (1, 9, 4), (1, 8, 8))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its arguments for (frames, height, width) tokens, and what moves the token of a place in them."""
-
-    build: Callable
-    arguments: Callable
-    move: Callable
-    grids: tuple[tuple[int, int, int], ...]
-
-
-def wan_inputs(frames, height, width, **more):
-    return model_inputs(frames=frames, height=2 * height, width=2 * width, **more)
-
-
-def move_wan(inputs, frame, row, column):
-    inputs["hidden_states"][:, :, frame, 2 * row + 1, 2 * column] += 1
-
-
-def move_flux(inputs, *place):
-    inputs["hidden_states"][:, (inputs["img_ids"] == torch.tensor(place)).all(1)] += 1
-
-
-def move_unet(inputs, frame, row, column):
-    inputs["sample"][:, :, row, column] += 1
-
-
-# A new family adds its line.
-CASES = {
-    "WanTransformer3DModel": Case(lambda: tiny_wan(layers=2), wan_inputs, move_wan, VIDEOS),
-    "WanTransformer3DModel, image to video": Case(
-        lambda: tiny_wan(layers=1, in_channels=12, image_dim=8, added_kv_proj_dim=32),
-        lambda *grid: wan_inputs(
-            *grid,
-            channels=12,
-            encoder_hidden_states=torch.zeros(1, 512, 32),
-            encoder_hidden_states_image=torch.zeros(1, 4, 8),
-        ),
-        move_wan,
-        VIDEOS,
-    ),
-    "FluxTransformer2DModel": Case(
-        lambda: tiny_flux(layers=2, single_layers=2),
-        lambda frames, *grid: flux_inputs(*grid),
-        move_flux,
-        PICTURES,
-    ),
-    "FluxTransformer2DModel, Kontext": Case(
-        tiny_flux,
-        lambda frames, *grid: flux_inputs(*grid, reference=(grid[0] + 1, 3)),
-        move_flux,
-        PICTURES,
-    ),
-    "UNet2DConditionModel": Case(
-        tiny_unet, lambda frames, *grid: unet_inputs(*grid), move_unet, ((1, 9, 13), (1, 8, 5), (1, 5, 5))
-    ),
-    "UNet2DConditionModel, two levels": Case(
-        lambda: tiny_unet(levels=2), lambda frames, *grid: unet_inputs(*grid), move_unet, ((1, 7, 5),)
-    ),
-}
+ALL_CASES = {**VIDEO_CASES, **IMAGE_CASES}
+CASES = present(ALL_CASES)
 PAIRS = [(name, grid) for name, case in CASES.items() for grid in case.grids]
 
 
 def test_every_row_has_a_model_here():
-    assert {name.split(",")[0] for name in CASES} == set(families.FAMILIES)
+    assert {name.split(",")[0] for name in ALL_CASES} == set(families.FAMILIES)
 
 
 def run(model, inputs) -> torch.Tensor:
@@ -94,10 +35,10 @@ def run(model, inputs) -> torch.Tensor:
 
 
 class Recorder(FakePlanner):
-    """Keeps the values of each call, `[tokens, channels]`, and lets no token see another."""
+    """Keeps the values of each call, `[batch x tokens, channels]`, and lets no token see another."""
 
     def attend(self, query, key, value, plan, extras):
-        self.extras.append(value[0].flatten(1))
+        self.extras.append(value.flatten(2).flatten(0, 1))
         return torch.zeros_like(query)
 
 
@@ -118,24 +59,12 @@ def values(model, inputs) -> dict[str, torch.Tensor]:
     return {name: calls[0] for name, calls in found.items()}
 
 
-def without_neighbours(model):
-    """Convolutions see their own pixel only, and nothing is normalised over pixels."""
-    for module in list(model.modules()):
-        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
-            own = torch.zeros(3, 3)
-            own[1, 1] = 1
-            module.weight.data *= own
-        for name, part in list(module.named_children()):
-            if isinstance(part, torch.nn.GroupNorm):
-                setattr(module, name, torch.nn.Identity())
-    return model
-
-
 @pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
 def test_the_layout_by_perturbation(name, grid):
     """One place is moved in the inputs: the token that the layout names must change in every attention call.
 
-    In transformers it alone changes. In a UNet the pixels change that a token of a coarser level stands for.
+    In transformers it alone changes. In a UNet the pixels change that a token of a coarser level stands for. Modules
+    that see one frame at a time have the others in their batch.
     """
     torch.manual_seed(0)
     case = CASES[name]
@@ -143,26 +72,74 @@ def test_the_layout_by_perturbation(name, grid):
     family, inputs = families.family_of(model), case.arguments(*grid)
     whole = family.layout(model.config, inputs)
     assert whole.grid == Grid(*grid)
+    is_unet = family.latents == "sample"
     before = values(model, inputs)
     # Of the pixels of a UNet, those with multiples of 4 for row and column are there on all levels.
-    last = [(size - 1) // 4 * 4 if family.name == "unet" else size - 1 for size in grid]
+    last = [(size - 1) // 4 * 4 if is_unet and axis else size - 1 for axis, size in enumerate(grid)]
     for place in {(0, 0, 0), tuple(last), (0, 0, last[2])}:
-        moved = inputs | {family.latents: inputs[family.latents].clone()}
+        moved = copy.deepcopy(inputs)
         case.move(moved, *place)
         after = values(model, moved)
         for module, old in before.items():
             layout = family.at(model.config, whole, module)
-            assert len(old) == layout.key_tokens
-            changed = (old - after[module]).abs().amax(1).nonzero().flatten().tolist()
+            frames = grid[0] if layout.grid.frames == 1 else 1
+            assert len(old) == frames * layout.key_tokens
+            changed = (old - after[module]).abs().amax(1).nonzero().flatten()
             scale = next(s for s in (1, 2, 4) if layout.grid.height == -(-grid[1] // s))
-            start = 0 if layout.query[0].kind == "grid" else layout.query[0].tokens
-            token = (place[0] * layout.grid.height + place[1] // scale) * layout.grid.width + place[2] // scale
+            frame, row, column = place
+            start = layout.key_tokens * (frame if frames > 1 else 0)
+            start += next(offset for offset, span in offsets(layout) if span.kind == "grid")
+            frame = 0 if frames > 1 else frame
+            token = (frame * layout.grid.height + row // scale) * layout.grid.width + column // scale
             assert start + token in changed
-            if family.name != "unet":
+            if not is_unet:
                 assert len(changed) == 1
             else:
-                far = layout.grid.coordinates()[changed] - layout.grid.coordinates()[token]
+                far = layout.grid.coordinates()[changed - start] - layout.grid.coordinates()[token]
                 assert far.abs().max() < max(4 // scale, 1) + 1
+
+
+def offsets(layout):
+    """(first key token, span) of each span."""
+    start = 0
+    for span in layout.key:
+        yield start, span
+        start += span.tokens
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_family_supplies(name):
+    """The query before RoPE, turned by the table, is the query; the block input is what the block was called with."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    model, inputs = case.build(), case.arguments(*case.grids[0])
+    for part in model.modules():
+        if isinstance(part, (torch.nn.RMSNorm, torch.nn.LayerNorm)) and part.weight is not None:
+            torch.nn.init.normal_(part.weight)
+    needs = families.family_of(model).supplies
+    planner = put_on(model, Watching(needs=needs))
+    taken = []
+    if "block_input" in needs:
+        for layer in find(model).layers:
+            block = model.get_submodule(layer.name.rpartition(".")[0])
+            block.register_forward_pre_hook(
+                lambda module, args, kwargs, active=layer: taken.append((active, args or (kwargs["hidden_states"],))),
+                with_kwargs=True,
+            )
+    run(model, inputs)
+    blocks = [args[0] for layer, args in taken if layer.active]
+    assert len(planner.extras) == sum(layer.active for layer in find(model).layers)
+    for index, extras in enumerate(planner.extras):
+        found = extras.inputs
+        if "block_input" in needs:
+            assert found["block_input"] is blocks[index]
+        if "pre_rope_query" in needs:
+            turned = found["pre_rope_query"]
+            if found.get("rotary") is not None:
+                turned = rotated(turned, *found["rotary"])
+                assert not torch.allclose(turned, found["pre_rope_query"], atol=1e-2)
+            if "rotary" in needs:
+                torch.testing.assert_close(turned, found["query"])
 
 
 @pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)

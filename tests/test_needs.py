@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
-from fake_planner import FakePlanner, UsingPlanner, put_on
+from fake_planner import FakePlanner, UsingPlanner, Watching, put_on, rotated
 from tiny_models import model_inputs, tiny_wan
 from tiny_picture_models import (
     flux_inputs,
@@ -42,21 +42,6 @@ def hooks_of(model) -> list:
     return [
         hook for part in model.modules() for hook in (*part._forward_hooks.items(), *part._forward_pre_hooks.items())
     ]
-
-
-def rotated(x, cos, sin):
-    """RoPE as `NEEDS["rotary"]` says it."""
-    first, second = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[None, :, None, 0::2], sin[None, :, None, 0::2]
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-
-
-class Watching(FakePlanner):
-    """Also keeps the query of each call."""
-
-    def attend(self, query, key, value, plan, extras):
-        extras.inputs["query"] = query
-        return super().attend(query, key, value, plan, extras)
 
 
 @pytest.mark.parametrize("name", MODELS)

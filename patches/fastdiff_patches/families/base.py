@@ -1,0 +1,95 @@
+"""Family: what is known of a group of models; and what the rows of families share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff_kernels import Grid, Span, TokenLayout
+
+Table = tuple[torch.Tensor, torch.Tensor]
+
+
+def _no_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    return 0, 0
+
+
+def _no_references(config: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+    return ()
+
+
+def _inner_heads(attention: nn.Module) -> tuple[int, int]:
+    return attention.heads, attention.inner_dim // attention.heads
+
+
+def _same_layout(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
+    return layout
+
+
+def _no_rotary(arguments: Mapping[str, Any]) -> Table | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A group of models that tell their layout the same way.
+
+    Attributes:
+        name: What `summary` and messages call it.
+        modules: Full names of the self-attention modules in `named_modules()`. Cross-attention, refiners and
+            text towers must not match.
+        grid: (model config, forward arguments by name) -> the token grid. Reads shapes; contents only where the
+            shapes do not tell, and then once for each tensor, since that waits for the device.
+        text: (model config, forward arguments by name) -> text tokens (before, after) the grid in the sequence.
+        references: (model config, forward arguments by name) -> spans of reference images behind the grid.
+        at: (model config, layout of the model, name of a module) -> the layout in that module.
+        usual_text: Text tokens (before, after) in a pipeline's default call, for forecasts before a run.
+        latents: Name of the forward argument that holds the visual tokens.
+        heads: attention module -> (heads, head_dim).
+        supplies: Which of `fastdiff_patches.planner.NEEDS` the family can fill.
+        query_norms: Names, in an attention module, of the modules whose outputs in this order make up the query before
+            RoPE; a module without text lacks those of the text. Empty if the model has no RoPE.
+        rotary: Arguments of a processor's call by name -> the table of `NEEDS["rotary"]`.
+    """
+
+    name: str
+    modules: re.Pattern[str]
+    grid: Callable[[Any, Mapping[str, Any]], Grid]
+    text: Callable[[Any, Mapping[str, Any]], tuple[int, int]] = _no_text
+    references: Callable[[Any, Mapping[str, Any]], tuple[Span, ...]] = _no_references
+    at: Callable[[Any, TokenLayout, str], TokenLayout] = _same_layout
+    usual_text: tuple[int, int] = (0, 0)
+    latents: str = "hidden_states"
+    heads: Callable[[nn.Module], tuple[int, int]] = _inner_heads
+    supplies: frozenset[str] = frozenset()
+    query_norms: tuple[str, ...] = ()
+    rotary: Callable[[Mapping[str, Any]], Table | None] = _no_rotary
+
+    def layout(self, config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+        """The layout of the model in the forward that gets these arguments; `at` makes it that of one module."""
+        grid = self.grid(config, inputs)
+        return self._around(grid, self.text(config, inputs), self.references(config, inputs))
+
+    def forecast(self, grid: Grid, like: TokenLayout | None = None) -> TokenLayout:
+        """The layout to expect on another grid: with the text of a layout that has run, or else the usual text."""
+        if like is None:
+            return self._around(grid, self.usual_text)
+        spans = tuple(Span("grid", grid.tokens, grid) if span.kind == "grid" else span for span in like.query)
+        return TokenLayout(spans, spans)
+
+    def _around(self, grid: Grid, text: tuple[int, int], references: tuple[Span, ...] = ()) -> TokenLayout:
+        before, after = ((Span("text", tokens),) if tokens else () for tokens in text)
+        spans = (*before, Span("grid", grid.tokens, grid), *references, *after)
+        return TokenLayout(spans, spans)
+
+
+def given(value: Any) -> str:
+    """What stands for an argument in a message: its shape, its type, or that it is missing."""
+    if value is None:
+        return "missing"
+    return f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,49 @@
+"""UNets: each layer has the grid of its level."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastdiff_kernels import Grid, InvalidInputError, TokenLayout
+
+from ..planner import NEEDS
+from .base import Family, given
+
+
+def _picture(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    sample = inputs.get("sample")
+    if sample is None or sample.ndim != 4:
+        raise InvalidInputError(
+            f"sample is {given(sample)}; the grid is read from latents [batch, channels, height, width]."
+        )
+    return Grid(1, *sample.shape[2:])
+
+
+def _unet_level(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
+    part, index, *_ = name.split(".")
+    level = len(config.down_block_types) - 1
+    if part != "mid_block":
+        level = int(index) if part == "down_blocks" else level - int(index)
+    # A strided convolution with padding on one side only drops the last row of an odd number.
+    rounding = 0 if getattr(config, "downsample_padding", 1) == 0 else 1
+    height, width = layout.grid.height, layout.grid.width
+    for _ in range(level):
+        height, width = (height + rounding) // 2, (width + rounding) // 2
+    return TokenLayout.self_attention(Grid(1, height, width))
+
+
+_UNET = Family(
+    "unet",
+    re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+\.attn1"),
+    _picture,
+    at=_unet_level,
+    latents="sample",
+    supplies=frozenset(NEEDS),
+)
+
+
+FAMILIES: dict[str, Family] = {
+    "UNet2DConditionModel": _UNET,
+}
