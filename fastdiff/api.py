@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastdiff_kernels import Grid, InvalidInputError
@@ -12,10 +12,12 @@ from fastdiff_kernels import Grid, InvalidInputError
 from .schedule import DenseSchedule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import nn
 
+    from fastdiff_kernels import TokenLayout
     from fastdiff_patches.attachment import Attachment
     from fastdiff_patches.planner import Planner
 
@@ -33,6 +35,8 @@ class Settings:
     config: MethodConfig
     schedule: DenseSchedule
     backend: str
+    layout: Callable[[Mapping[str, Any]], TokenLayout] | None = None
+    modules: str | None = None
 
 
 def apply(
@@ -42,6 +46,8 @@ def apply(
     dense_steps: int | list[int] = 0,
     dense_layers: int | list[int] = 0,
     backend: str = "auto",
+    layout: Callable[[Mapping[str, Any]], TokenLayout] | None = None,
+    modules: str | None = None,
 ) -> T:
     """Makes the self-attention of a diffusers pipeline sparse, in place.
 
@@ -57,6 +63,13 @@ def apply(
             More is slower and safer. Needs a pipeline, whose scheduler tells the step.
         dense_layers: The same for self-attention layers.
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch", or "reference" (slow, for tests).
+        layout: For a model that no family describes: a function of its forward's arguments, by name, that returns the
+            `TokenLayout` of its self-attention. Called before each forward; read shapes, since contents wait for the
+            device. For example, for pictures whose pixels are the tokens, behind 77 text tokens:
+            `lambda inputs: TokenLayout.self_attention(Grid(1, *inputs["hidden_states"].shape[-2:]), text_before=77)`.
+        modules: Regular expression for the full names of the self-attention modules. Left out, they are the family's,
+            or, with `layout` alone, those whose calls have as many query and as many key tokens as the layout;
+            `dense_layers` then counts all attention modules.
 
     Returns:
         Its first argument.
@@ -64,13 +77,14 @@ def apply(
     Raises:
         InvalidInputError: If a setting is out of range, if `dense_steps` or a config that changes with the step is
             given without a pipeline, or if another live pipeline shares the model and uses other settings.
-        UnsupportedError: If the model's family is not described, or cannot supply what the method needs.
+        UnsupportedError: If neither a family nor `layout` describes the model, or it cannot supply what the method
+            needs.
     """
     from fastdiff_patches import attachment, locate, marker
 
     from .methods import planner_for
 
-    settings = settings_from(config, dense_steps, dense_layers, backend)
+    settings = replace(settings_from(config, dense_steps, dense_layers, backend), layout=layout, modules=modules)
     pipe = pipeline_of(pipe_or_model, settings)
     models = locate.transformers(pipe_or_model)
     planner = planner_for(settings.config)
@@ -161,12 +175,16 @@ def pipeline_of(pipe_or_model: Any, settings: Settings) -> Any | None:
 def attach(model: nn.Module, settings: Settings, planner: Planner, pipe: Any | None) -> Attachment:
     """A method for one model, not installed yet; pipelines that shared the one before share this one too."""
     from fastdiff_patches.attachment import Attachment, find
+    from fastdiff_patches.families import family_of
     from fastdiff_patches.steps import StepReader
 
+    family = family_of(model, settings.layout, settings.modules)
     before = find(model)
     known = before.steps.pipes() if before is not None and pipe is not None else []
     steps = StepReader([*known, *([pipe] if pipe is not None else [])])
-    return Attachment(model, planner, settings.schedule, steps, backend=settings.backend, settings=settings)
+    return Attachment(
+        model, planner, settings.schedule, steps, backend=settings.backend, settings=settings, family=family
+    )
 
 
 def settings_from(config: Any, dense_steps: Any, dense_layers: Any, backend: str) -> Settings:

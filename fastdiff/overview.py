@@ -132,7 +132,7 @@ def _one(
     layout = next(reversed(attached.seen), None)
     if grid is not None:
         layout = attached.family.forecast(grid, layout)
-    places = {} if layout is None else attached.places(model.config, layout)
+    places = {} if layout is None else attached.places(getattr(model, "config", None), layout)
     steps = steps or attached.steps_seen
     first = attached.layers[0] if attached.layers else None
     open_steps = [step for step in range(steps) if not schedule.is_dense_step(step, steps)] if steps else [None]
@@ -140,7 +140,8 @@ def _one(
     layers = tuple(_layer(attached, layer, places, densities) for layer in attached.layers)
     mean = None
     if layers and places:
-        pairs = [place.layout.query_tokens * place.layout.key_tokens for place in places.values()]
+        own = [places[layer.name].layout for layer in attached.layers]
+        pairs = [layout.query_tokens * layout.key_tokens for layout in own]
         computed = sum(
             count * (1.0 if layer.dense else 1 + len(open_steps) / (steps or 1) * (layer.density - 1))
             for count, layer in zip(pairs, layers, strict=True)

@@ -29,6 +29,7 @@ SEES_DIFFUSERS = (
     "cli_pictures",
     "families",
     "import_hygiene",
+    "layout_door",
     "measure",
     "method_processors",
     "needs",

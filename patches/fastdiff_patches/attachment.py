@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastdiff_kernels import TokenLayout, UnsupportedError
+from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
 
 from . import needs, seam
 from .families import Family, family_of
@@ -94,8 +94,9 @@ class Attachment:
         *,
         backend: str = "auto",
         settings: Any = None,
+        family: Family | None = None,
     ):
-        self.family: Family = family_of(model)
+        self.family = family_of(model) if family is None else family
         self.planner, self.schedule, self.steps, self.settings = planner, schedule, steps, settings
         missing = planner.needs - self.family.supplies
         if missing:
@@ -104,6 +105,8 @@ class Attachment:
                 "choose options that do without it."
             )
         modules = self_attention(model, self.family)
+        if self.family.by_length:
+            modules = {name: module for name, module in modules.items() if seam.adoptable(module.processor)}
         self.total = len(modules)
         schedule.check_layers(self.total)
         planner.check_model(model, list(modules))
@@ -122,7 +125,8 @@ class Attachment:
 
     @property
     def layers(self) -> list[Layer]:
-        return [binding.layer for binding in self.bindings]
+        """The layers that are self-attention, as far as is known."""
+        return [binding.layer for binding in self.bindings if binding.layer.stray is None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         copied = memo[id(self)] = copy.copy(self)
@@ -164,20 +168,21 @@ class Attachment:
         if not self.bindings:
             return
         inputs = kwargs if not args else inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-        layout = self.family.layout(model.config, inputs)
+        layout = self.family.layout(getattr(model, "config", None), inputs)
+        self._check_lengths(layout)
         step, steps = self.steps.read(inputs.get("timestep"))
         self.steps_seen = steps or self.steps_seen
-        places = self.seen[layout] = self.seen.pop(layout, None) or self.places(model.config, layout)
+        places = self.seen[layout] = self.seen.pop(layout, None) or self.places(getattr(model, "config", None), layout)
         if len(self.seen) > _SEEN_LIMIT:
             del self.seen[next(iter(self.seen))]
-        latents = inputs[self.family.latents]
+        latents = self.family.visual(inputs)
         self._draw_seed(latents, step)
         for binding in self.bindings:
             if binding.placed:
                 layer, place = binding.layer, places[binding.name]
                 dense = place.coarse is not None or self.schedule.is_dense(step, steps, layer.index, self.total)
                 plan = None if dense else self.plan(layer, place.layout, step, steps, latents.device)
-                layer.prepare(plan, self.seed)
+                layer.prepare(plan, self.seed, place.layout.query_tokens if self.family.by_length else None)
 
     def places(self, config: Any, layout: TokenLayout) -> dict[str, Place]:
         """Where each layer stands in a forward of the model's layout, by name.
@@ -185,7 +190,7 @@ class Attachment:
         Layers with fewer than a quarter of the tokens of the finest layer stay dense: they cost next to nothing,
         and a pixel there stands for much of the picture.
         """
-        layouts = {layer.name: self.family.at(config, layout, layer.name) for layer in self.layers}
+        layouts = {binding.name: self.family.at(config, layout, binding.name) for binding in self.bindings}
         finest = max(own.query_tokens for own in layouts.values())
 
         def coarse(tokens: int) -> str | None:
@@ -207,6 +212,15 @@ class Attachment:
                 heads=layer.heads,
                 head_dim=layer.head_dim,
                 device=torch.device(device),
+            )
+
+    def _check_lengths(self, layout: TokenLayout) -> None:
+        """Raises where the last forward made no call of the length that picks the modules."""
+        if self.bindings and not self.layers:
+            lengths = sorted({binding.layer.stray for binding in self.bindings})
+            raise InvalidInputError(
+                f"layout= tells {layout.query_tokens} tokens and no self-attention call had so many; queries had "
+                f"{', '.join(map(str, lengths))}. Count all tokens of the call, text too."
             )
 
     def _draw_seed(self, latents: torch.Tensor, step: int | None) -> None:

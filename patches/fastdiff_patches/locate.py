@@ -48,11 +48,14 @@ def self_attention(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     found = {
         name: module
         for name, module in named
-        if family.modules.fullmatch(name) and not getattr(module, "is_cross_attention", False)
+        if family.modules.fullmatch(name)
+        and hasattr(module, "processor")
+        and not getattr(module, "is_cross_attention", False)
     }
     if not found:
         raise UnsupportedError(
-            f"this {type(model).__name__} has no module named like {family.modules.pattern!r}; family "
-            f"{family.name!r} does not describe it. Correct its row in fastdiff_patches.families."
+            f"this {type(model).__name__} has no module named like {family.modules.pattern!r} that has an attention "
+            f"processor and is no cross-attention; family {family.name!r} does not describe it. Say with modules= "
+            "which are its self-attention modules, or correct its row in fastdiff_patches.families."
         )
     return found

@@ -29,6 +29,8 @@ class Layer:
         name: Name of the attention module.
         ready: Whether the pre-hook has prepared this layer for the running forward.
         active: Whether the running forward is sparse here.
+        tokens: How many tokens the calls have that are meant, None for all calls of self-attention.
+        stray: How many tokens the last call had instead, None if it was meant.
         plan: What to compute when it is.
         needs: What the planner needs, see `NEEDS`.
         seed: The run's number, for a planner that needs it.
@@ -52,6 +54,8 @@ class Layer:
         self.plan: Plan | None = None
         self.seed: torch.Tensor | None = None
         self.block_input: torch.Tensor | None = None
+        self.tokens: int | None = None
+        self.stray: int | None = None
         self.ready = self.active = False
         self.reached = self.warned = False
 
@@ -65,23 +69,28 @@ class Layer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plan": None, "block_input": None, "ready": False, "active": False}
 
-    def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None) -> None:
+    def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, tokens: int | None = None) -> None:
         """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
-        self.plan, self.active, self.ready, self.seed = plan, plan is not None, True, seed
+        self.plan, self.active, self.ready, self.seed, self.tokens = plan, plan is not None, True, seed, tokens
 
     def retire(self) -> None:
         """Unbinds the layer: a processor that still holds it raises when it is called."""
         self.plan, self.active, self.ready = None, False, False
 
-    def sparse(self) -> bool:
-        """Whether the running call is for us."""
+    def takes(self, queries: int, keys: int) -> bool:
+        """Whether the running call is for us; IP-adapters attend to their own keys in the same processor."""
         if not self.ready:
             raise InvalidInputError(
                 "this attention processor belongs to no patched model, or to another one: it was removed, replaced, or "
                 "made for a different model. Set the processors that fastdiff.processors(...) made for this model, or "
                 "call fastdiff.apply."
             )
-        return self.active
+        if not self.active or self.tokens is None:
+            return self.active and queries == keys
+        meant = queries == keys == self.tokens
+        if not meant and not torch.compiler.is_compiling() and not self.reached:
+            self.stray = queries
+        return meant
 
     def entered(self) -> None:
         """Called before the processor in eager mode."""
@@ -89,7 +98,7 @@ class Layer:
 
     def left(self, processor: Any) -> None:
         """Called after the processor in eager mode: warns once if its attention call went past us."""
-        if self.active and not self.reached and not self.warned:
+        if self.active and not self.reached and self.stray is None and not self.warned:
             self.warned = True
             _logger.warning(
                 "%s ran without calling an attention function that fastdiff replaces (processor %s): it stayed dense.",
@@ -153,7 +162,7 @@ class Layer:
             UnsupportedError: If the call asks for what the sparse path cannot do.
         """
         if not torch.compiler.is_compiling():
-            self.reached = True
+            self.reached, self.stray = True, None
         if parallel is not None:
             raise UnsupportedError(
                 "context parallelism is on and sparse attention does not support it yet; call fastdiff.remove(pipe), "

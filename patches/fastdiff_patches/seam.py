@@ -27,7 +27,7 @@ _HANDLE = "_fastdiff"
 class Layer(Protocol):
     """The handle on an adopted processor."""
 
-    def sparse(self) -> bool: ...
+    def takes(self, queries: int, keys: int) -> bool: ...
 
     def entered(self) -> None: ...
 
@@ -77,8 +77,7 @@ def _dispatch(
     parallel_config=None,
 ):
     layer = _here.layer
-    # IP-adapters attend to their own keys in the same processor.
-    if layer is not None and query.shape[1] == key.shape[1] and layer.sparse():
+    if layer is not None and layer.takes(query.shape[1], key.shape[1]):
         return layer.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config, _here.inputs)
     return attention_dispatch.dispatch_attention_fn(
         query,
@@ -97,7 +96,7 @@ def _dispatch(
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     layer = _here.layer
-    if layer is not None and query.shape[2] == key.shape[2] and layer.sparse():
+    if layer is not None and layer.takes(query.shape[2], key.shape[2]):
         natural = (x.transpose(1, 2) for x in (query, key, value))
         return layer.attend(*natural, attn_mask, dropout_p, is_causal, scale, None, _here.inputs).transpose(1, 2)
     return F.scaled_dot_product_attention(
@@ -137,18 +136,22 @@ def _shadow(source: types.ModuleType) -> types.ModuleType:
     return _shadows[source.__name__]
 
 
+def _calls_attention(cls: type) -> bool:
+    code = getattr(cls.__call__, "__code__", None)
+    return code is not None and not _CALLS.isdisjoint(code.co_names)
+
+
 def _adopted_class(cls: type) -> type:
     """The subclass of a processor class that runs the same code with our attention functions."""
     if cls not in _adopted:
         call = cls.__call__
-        code = getattr(call, "__code__", None)
-        if code is None or not _CALLS.intersection(code.co_names):
+        if not _calls_attention(cls):
             raise UnsupportedError(
                 f"{cls.__name__} calls neither {' nor '.join(sorted(_CALLS))}, so its attention cannot be replaced; "
                 "set the model's default processors first (for example model.set_attn_processor)."
             )
         shadow = _shadow(sys.modules[call.__module__])
-        same = types.FunctionType(code, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__)
+        same = types.FunctionType(call.__code__, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__)
         same.__kwdefaults__ = call.__kwdefaults__
         names = tuple(inspect.signature(call).parameters)[1:]
 
@@ -203,6 +206,11 @@ def stock(processor: Any) -> Any:
     copied.__class__ = type(processor).__mro__[1]
     copied.__dict__.pop(_HANDLE, None)
     return copied
+
+
+def adoptable(processor: Any) -> bool:
+    """Whether a processor makes an attention call that can be replaced."""
+    return hasattr(type(processor), _HANDLE) or _calls_attention(type(processor))
 
 
 def adopt(processor: Any, layer: Layer) -> Any:

@@ -5,9 +5,14 @@ Rows are found by class name, so nothing of diffusers is imported here.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from torch import nn
 
-from fastdiff_kernels import UnsupportedError
+from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
 
 from . import image, unet, video
 from .base import Family
@@ -22,17 +27,50 @@ def find_family(model: nn.Module) -> Family | None:
     return next((FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+def family_of(
+    model: nn.Module, told: Callable[[Mapping[str, Any]], TokenLayout] | None = None, modules: str | None = None
+) -> Family:
+    """The family of a model, as its row or a user describes it.
+
+    Args:
+        model: The model.
+        told: Forward arguments by name -> layout, in the place of what the row says.
+        modules: Pattern of the full names of the self-attention modules, in the place of the row's. Without a row and
+            without a pattern they are those whose calls have as many tokens as the layout.
 
     Raises:
-        UnsupportedError: If no row describes the model's class.
+        InvalidInputError: If the pattern is no regular expression.
+        UnsupportedError: If neither a row nor a user describes the model.
     """
     family = find_family(model)
-    if family is None:
+    if family is None and told is None:
         raise UnsupportedError(
             f"{type(model).__name__} is not described; supported are {', '.join(sorted(FAMILIES))} and classes "
-            "derived from them. To describe it, add a row with its self-attention modules and its token grid: "
-            "fastdiff_patches.families.FAMILIES[class name] = Family(name, modules, grid)."
+            "derived from them. Describe it: fastdiff.apply(model, config, layout=lambda inputs: "
+            "TokenLayout.self_attention(Grid(frames, height, width))), where inputs are the arguments of its forward "
+            "by name and text_before= or text_after= counts text in the same sequence."
         )
-    return family
+    if family is None:
+        family = Family(
+            type(model).__name__, re.compile(".+"), None, heads=_told_heads, latents=None, by_length=modules is None
+        )
+    if modules is not None:
+        try:
+            family = dataclasses.replace(family, modules=re.compile(modules))
+        except (re.error, TypeError) as error:
+            raise InvalidInputError(
+                f"modules is {modules!r}, which is no regular expression ({error}); write one that matches the full "
+                "names of the self-attention modules."
+            ) from None
+    return family if told is None else dataclasses.replace(family, told=told)
+
+
+def _told_heads(attention: nn.Module) -> tuple[int, int]:
+    heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
+    width = getattr(attention, "inner_dim", None) or getattr(getattr(attention, "to_q", None), "out_features", None)
+    if heads is None or width is None:
+        raise UnsupportedError(
+            f"{type(attention).__name__} does not tell its heads and their size: attributes heads and inner_dim, as "
+            "diffusers' attention modules have them, are missing. Leave it out with modules=."
+        )
+    return heads, width // heads

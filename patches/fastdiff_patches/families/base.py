@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff_kernels import Grid, Span, TokenLayout
+from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
@@ -44,34 +44,41 @@ class Family:
         modules: Full names of the self-attention modules in `named_modules()`. Cross-attention, refiners and
             text towers must not match.
         grid: (model config, forward arguments by name) -> the token grid. Reads shapes; contents only where the
-            shapes do not tell, and then once for each tensor, since that waits for the device.
+            shapes do not tell, and then once for each tensor, since that waits for the device. None with `told`.
         text: (model config, forward arguments by name) -> text tokens (before, after) the grid in the sequence.
         references: (model config, forward arguments by name) -> spans of reference images behind the grid.
         at: (model config, layout of the model, name of a module) -> the layout in that module.
         usual_text: Text tokens (before, after) in a pipeline's default call, for forecasts before a run.
-        latents: Name of the forward argument that holds the visual tokens.
+        latents: Name of the forward argument that holds the visual tokens, a tensor or a list of one for each sample;
+            None for whichever tensor comes first.
         heads: attention module -> (heads, head_dim).
         supplies: Which of `fastdiff_patches.planner.NEEDS` the family can fill.
         query_norms: Names, in an attention module, of the modules whose outputs in this order make up the query before
             RoPE; a module without text lacks those of the text. Empty if the model has no RoPE.
         rotary: Arguments of a processor's call by name -> the table of `NEEDS["rotary"]`.
+        told: What a user said instead of `grid`, `text` and `references`: forward arguments by name -> layout.
+        by_length: Whether, of the modules named, those are meant whose calls have as many tokens as the layout.
     """
 
     name: str
     modules: re.Pattern[str]
-    grid: Callable[[Any, Mapping[str, Any]], Grid]
+    grid: Callable[[Any, Mapping[str, Any]], Grid] | None
     text: Callable[[Any, Mapping[str, Any]], tuple[int, int]] = _no_text
     references: Callable[[Any, Mapping[str, Any]], tuple[Span, ...]] = _no_references
     at: Callable[[Any, TokenLayout, str], TokenLayout] = _same_layout
     usual_text: tuple[int, int] = (0, 0)
-    latents: str = "hidden_states"
+    latents: str | None = "hidden_states"
     heads: Callable[[nn.Module], tuple[int, int]] = _inner_heads
     supplies: frozenset[str] = frozenset()
     query_norms: tuple[str, ...] = ()
     rotary: Callable[[Mapping[str, Any]], Table | None] = _no_rotary
+    told: Callable[[Mapping[str, Any]], TokenLayout] | None = None
+    by_length: bool = False
 
     def layout(self, config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
         """The layout of the model in the forward that gets these arguments; `at` makes it that of one module."""
+        if self.told is not None:
+            return _checked(self.told(inputs))
         grid = self.grid(config, inputs)
         return self._around(grid, self.text(config, inputs), self.references(config, inputs))
 
@@ -82,10 +89,25 @@ class Family:
         spans = tuple(Span("grid", grid.tokens, grid) if span.kind == "grid" else span for span in like.query)
         return TokenLayout(spans, spans)
 
+    def visual(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The latents of the first sample or of all, for their device and their values."""
+        values = inputs.values() if self.latents is None else [inputs[self.latents]]
+        tensors = (value[0] if isinstance(value, (list, tuple)) else value for value in values)
+        return next(value for value in tensors if isinstance(value, torch.Tensor) and value.is_floating_point())
+
     def _around(self, grid: Grid, text: tuple[int, int], references: tuple[Span, ...] = ()) -> TokenLayout:
         before, after = ((Span("text", tokens),) if tokens else () for tokens in text)
         spans = (*before, Span("grid", grid.tokens, grid), *references, *after)
         return TokenLayout(spans, spans)
+
+
+def _checked(layout: Any) -> TokenLayout:
+    if not isinstance(layout, TokenLayout) or layout.query != layout.key:
+        raise InvalidInputError(
+            f"layout= gave {layout!r}; it must give the TokenLayout of self-attention, for example "
+            "TokenLayout.self_attention(Grid(frames, height, width), text_before=512)."
+        )
+    return layout
 
 
 def given(value: Any) -> str:
