@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -119,7 +120,7 @@ class TinyFlux:
             encoder_hidden_states=states,
             pooled_projections=self.clip(tokens).pooler_output,
             timestep=sigma,
-            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32),
+            img_ids=_positions(height // 2, width // 2, device),
             txt_ids=torch.zeros(text_tokens, 3, device=device),
             return_dict=False,
         )[0]
@@ -135,6 +136,12 @@ class TinyFlux:
             tokenizer_2=build_tokenizer(LONG_TEXT),
             transformer=self.transformer,
         )
+
+
+@lru_cache
+def _positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Made once: copying them to the GPU waits for it."""
+    return FluxPipeline._prepare_latent_image_ids(1, height, width, device, torch.float32)
 
 
 def arguments(prompts: list[str], guidance: float, text_tokens: int) -> dict:

@@ -1,8 +1,9 @@
 """Pictures of the tiny world as cached latents, and the loop that trains a denoiser on them; it writes no file."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from tiny_text import tokenize
 from tiny_world import describe, render, sample_scene
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_loop import Fit, Rate, fit_averaged
+from train_loop import Fit, Rate, Replay, advance, fit_averaged
 from transformers import PreTrainedTokenizerFast
 
 # The longest caption of the grammar has 16 words; the CLIP text models have this many positions.
@@ -26,7 +27,8 @@ class Bucket:
     """Pictures of one shape.
 
     Attributes:
-        weight: share of the iterations.
+        weight: share of the iterations among the buckets in use.
+        since, until: in use between these shares of the training.
         chunk: how many pictures are encoded at once.
         text_tokens: length of the padded captions, for models to which it makes a difference.
         compiled: False runs the model eagerly; compiling for a rare shape takes longer than it saves.
@@ -40,6 +42,8 @@ class Bucket:
     chunk: int
     text_tokens: int = CAPTION_TOKENS
     compiled: bool = False
+    since: float = 0.0
+    until: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,9 @@ def train_denoiser(
     device = caches[0].latents.device
     empty = tokenize(denoiser.tokenizer, [""], CAPTION_TOKENS).to(device)
     dice = random.Random(seed)
-    weights = [cache.bucket.weight for cache in caches]
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def step() -> Tensor:
-        cache = dice.choices(caches, weights)[0]
+    def loss(cache: Cache) -> Tensor:
         bucket = cache.bucket
         chosen = torch.randint(len(cache.latents), (bucket.batch,), device=device)
         tokens = cache.tokens[chosen, torch.randint(CAPTIONS_PER_PICTURE, (bucket.batch,), device=device)]
@@ -130,5 +133,20 @@ def train_denoiser(
             torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
         ):
             return denoiser.loss(cache.latents[chosen].float(), tokens, bucket.text_tokens)
+
+    def step(adam: torch.optim.AdamW) -> Callable[[float], Tensor]:
+        losses = [partial(loss, cache) for cache in caches]
+        steps = [Replay(adam, part, pool) if pool else partial(advance, adam, part) for part in losses]
+
+        def one(progress: float) -> Tensor:
+            used = [
+                (cache.bucket.weight, run)
+                for cache, run in zip(caches, steps, strict=True)
+                if cache.bucket.since <= progress < cache.bucket.until
+            ]
+            weights, runs = zip(*used, strict=True)
+            return dice.choices(runs, weights)[0]()
+
+        return one
 
     return fit_averaged("denoiser", parts, step, iterations, rate, seconds)

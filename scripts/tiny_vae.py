@@ -8,7 +8,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from tiny_world import render, sample_scene
 from torch import Tensor
-from train_loop import Fit, Rate, fit, optimiser
+from train_loop import Fit, Rate, advance, fit, optimiser
 
 OBJECT_WEIGHT = 6.0
 KL_WEIGHT = 1e-4
@@ -63,7 +63,7 @@ def train_vae(
         sizes = [phase.sizes[0]] * phase.repeat + list(phase.sizes[1:])
         turn = 0
 
-        def step(phase: Phase = phase, sizes: list[tuple[int, int]] = sizes) -> Tensor:
+        def loss(phase: Phase = phase, sizes: list[tuple[int, int]] = sizes) -> Tensor:
             nonlocal turn
             height, width = sizes[turn % len(sizes)]
             turn += 1
@@ -71,7 +71,11 @@ def train_vae(
             return _loss(codec, *render(scene, vae.device))
 
         limit = seconds * phase.share if seconds else None
-        fits.append(fit(phase.label, adam, step, phase.iterations, phase.rate, seconds=limit))
+        fits.append(
+            fit(
+                phase.label, adam, lambda _, loss=loss: advance(adam, loss), phase.iterations, phase.rate, seconds=limit
+            )
+        )
     vae.eval()
     return fits
 

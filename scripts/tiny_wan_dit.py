@@ -1,7 +1,7 @@
 """Trains the tiny Wan transformer and its text encoder on cached latents; it writes no file."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from tiny_world import describe, render, sample_scene
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from train_loop import Fit, Rate, fit_averaged
+from train_loop import Fit, Rate, advance, fit_averaged
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 # WanPipeline pads every prompt to this many tokens with zeros and masks none of them.
@@ -105,9 +105,12 @@ def train_dit(
     dice = random.Random(seed)
     weights = [cache.bucket.weight for cache in caches]
 
-    def step() -> Tensor:
+    def loss() -> Tensor:
         cache = dice.choices(caches, weights)[0]
         return flow_loss(transformer, encoder, cache, empty)
+
+    def step(adam: torch.optim.AdamW) -> Callable[[float], Tensor]:
+        return lambda _: advance(adam, loss)
 
     return fit_averaged("dit", [transformer, encoder], step, iterations, rate, seconds)
 

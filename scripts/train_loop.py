@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 # Reading a loss waits for the GPU, so it is read once in so many iterations.
 READ_EVERY = 50
-# The first iterations compile and tune; speed is measured after them.
+# The first iterations compile and tune: speed is measured, and graphs are captured, after them.
 SETTLING = 5
 
 
@@ -60,31 +60,72 @@ class Average:
 
 
 def optimiser(modules: Iterable[nn.Module], betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
-    """AdamW over all parameters of `modules`, fused on a GPU."""
+    """AdamW over all parameters of `modules`; on a GPU it is fused and takes its rate from a tensor, for `Replay`."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    return torch.optim.AdamW(parameters, betas=betas, weight_decay=decay, fused=parameters[0].is_cuda)
+    rate, gpu = torch.zeros((), device=parameters[0].device), parameters[0].is_cuda
+    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=gpu, capturable=gpu)
+
+
+def advance(adam: torch.optim.AdamW, loss: Callable[[], Tensor]) -> Tensor:
+    """One iteration: loss, gradients, clipping, step. Returns the loss."""
+    value = loss()
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
+    adam.step()
+    adam.zero_grad(set_to_none=True)
+    return value.detach()
+
+
+class Replay:
+    """`advance` as a CUDA graph: on a small model the GPU waits for launches more than it computes.
+
+    It runs as it is at first and is captured then. `loss` must always do the same with tensors of the same shapes and
+    never wait for the GPU. Graphs may share a `pool`: they run one at a time, and only their losses outlive them.
+    """
+
+    def __init__(self, adam: torch.optim.AdamW, loss: Callable[[], Tensor], pool: tuple[int, int]) -> None:
+        self.adam, self.loss, self.pool = adam, loss, pool
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        if self.calls <= SETTLING:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                value = advance(self.adam, self.loss)
+            torch.cuda.current_stream().wait_stream(side)
+            return value
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.pool):
+                self.value = advance(self.adam, self.loss)
+        self.graph.replay()
+        return self.value.clone()
 
 
 def fit(
     label: str,
     adam: torch.optim.AdamW,
-    step: Callable[[], Tensor],
+    step: Callable[[float], Tensor],
     iterations: int,
     rate: Rate,
     average: Average | None = None,
     seconds: float | None = None,
 ) -> Fit:
-    """Runs `iterations` of `step`, which returns the loss.
+    """Runs `iterations` of `step`.
 
     Args:
+        step: the done share of the training -> the loss, after one `advance` or `Replay`.
         seconds: ends earlier when the time is over. The rate follows whichever is further, iterations or
             time, so the loop always ends at its lowest rate; the result then depends on the machine's speed.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    parameters = adam.param_groups[0]["params"]
-    device = parameters[0].device
+    group = adam.param_groups[0]
+    device = group["params"][0].device
     unread: list[Tensor] = []
     losses: list[tuple[int, float]] = []
     began = settled = time.perf_counter()
@@ -94,15 +135,12 @@ def fit(
         spent = (time.perf_counter() - began) / seconds if seconds else 0.0
         if spent >= 1:
             break
-        adam.param_groups[0]["lr"] = rate.at(iteration, max(iteration / iterations, spent))
-        loss = step()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
+        progress = max(iteration / iterations, spent)
+        group["lr"].fill_(rate.at(iteration, progress))
+        loss = step(progress)
         if average is not None:
             average.update(iteration)
-        unread.append(loss.detach())
+        unread.append(loss)
         done = iteration + 1
         bar.update()
         if done == SETTLING:
@@ -122,17 +160,21 @@ def fit(
 def fit_averaged(
     label: str,
     modules: Sequence[nn.Module],
-    step: Callable[[], Tensor],
+    step: Callable[[torch.optim.AdamW], Callable[[float], Tensor]],
     iterations: int,
     rate: Rate,
     seconds: float | None,
 ) -> Fit:
-    """Trains denoisers: `fit` with AdamW over all of `modules`, which are left with their moving average."""
+    """Trains denoisers: `fit` with AdamW over all of `modules`, which are left with their moving average.
+
+    Args:
+        step: makes the step of `fit` for the optimiser.
+    """
     adam = optimiser(modules, betas=(0.9, 0.99), decay=0.01)
     average = Average(modules, decay=0.999)
     for module in modules:
         module.train()
-    result = fit(label, adam, step, iterations, rate, average, seconds)
+    result = fit(label, adam, step(adam), iterations, rate, average, seconds)
     average.apply()
     for module in modules:
         module.eval()
