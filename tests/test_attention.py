@@ -92,6 +92,18 @@ def test_key_masks_that_differ_by_sample(backend, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_that_a_rule_leaves_without_keys_stay_so_under_a_key_mask(backend, poison):
+    layout = TokenLayout.self_attention(Grid(1, 1, 35))
+    rule = Rule.metric(torch.tensor([9]))
+    plan = BlockPlan.from_rule(layout, rule, block_q=16, block_k=16)
+    # Without its own block, only the ends of a block see anything.
+    plan = BlockPlan.from_states(plan.query, plan.key, 1 - torch.eye(3)[None], rule)
+    mask = torch.ones(2, 35, dtype=torch.bool, device=DEVICE)
+    mask[:, -2:] = False
+    assert_matches(plan, draw(plan), backend, key_mask=mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_scale_and_large_logits(backend, poison):
     plan = metric_plan(Grid(2, 5, 7))
     q, k, v = draw(plan)

@@ -144,7 +144,10 @@ def _rows(plan: BlockPlan, dtype: torch.dtype, key_mask: torch.Tensor | None):
 def _hide(row: _Row, hidden: torch.Tensor, dtype: torch.dtype) -> _Row:
     """The row under a key mask, hidden `[batch, keys]`; its bias then differs by sample."""
     visible = ~hidden[:, None, None, :]
-    return _Row(row.blocks, *_bias(visible if row.bias is None else visible & (row.bias == 0), dtype))
+    if row.bias is not None:
+        # A query without keys has a bias that hides none.
+        visible = visible & (row.bias == 0) & ~row.empty
+    return _Row(row.blocks, *_bias(visible, dtype))
 
 
 def _bias(visible: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
