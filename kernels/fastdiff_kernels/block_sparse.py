@@ -29,45 +29,62 @@ _LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
+def _of_queries(x, KEYS_FIRST: tl.constexpr):
+    return x[None, :] if KEYS_FIRST else x[:, None]
+
+
+@triton.jit
+def _of_keys(x, KEYS_FIRST: tl.constexpr):
+    return x[:, None] if KEYS_FIRST else x[None, :]
+
+
+@triton.jit
 def pairs_seen(
     q_table, k_table, q_slots, k_slots, block, rule, word,
-    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEYS_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """Which pairs of a tile of the partial key block `block` are computed, bool [queries, keys]; see kernel_rule.py."""
+    """Which pairs of a tile of the partial key block `block` are computed, bool [queries, keys]; see kernel_rule.py.
+
+    With KEYS_FIRST the tile is [keys, queries].
+    """
     if RULE == _BOX:
         guards = tl.load(rule)
         sees_all = (tl.load(q_table + q_slots * 3 + 2) & tl.load(rule + _BOX_PARAMETERS + block)) != 0
-        first = tl.where(sees_all, 0 - guards, tl.load(q_table + q_slots * 3))
-        last = tl.where(sees_all, tl.load(rule + 1), tl.load(q_table + q_slots * 3 + 1))
-        key = tl.load(k_table + k_slots)
-        return ((key[None, :] - first[:, None]) & (last[:, None] - key[None, :]) & guards) == guards
+        first = _of_queries(tl.where(sees_all, 0 - guards, tl.load(q_table + q_slots * 3)), KEYS_FIRST)
+        last = _of_queries(tl.where(sees_all, tl.load(rule + 1), tl.load(q_table + q_slots * 3 + 1)), KEYS_FIRST)
+        key = _of_keys(tl.load(k_table + k_slots), KEYS_FIRST)
+        return ((key - first) & (last - key) & guards) == guards
     elif RULE == _DISC:
         sees_all = (tl.load(q_table + q_slots * 4 + 3) & tl.load(rule + block)) != 0
         y = tl.where(sees_all, 0.0, tl.load(q_table + q_slots * 4).to(tl.float32, bitcast=True))
         x = tl.where(sees_all, 0.0, tl.load(q_table + q_slots * 4 + 1).to(tl.float32, bitcast=True))
         # Between any place on the grid and padding.
         limit = tl.where(sees_all, 1e20, tl.load(q_table + q_slots * 4 + 2).to(tl.float32, bitcast=True))
-        norm = tl.load(k_table + k_slots * 3).to(tl.float32, bitcast=True)
-        k_y = tl.load(k_table + k_slots * 3 + 1).to(tl.float32, bitcast=True)
-        k_x = tl.load(k_table + k_slots * 3 + 2).to(tl.float32, bitcast=True)
-        return norm[None, :] + y[:, None] * k_y[None, :] + x[:, None] * k_x[None, :] < limit[:, None]
+        norm = _of_keys(tl.load(k_table + k_slots * 3).to(tl.float32, bitcast=True), KEYS_FIRST)
+        k_y = _of_keys(tl.load(k_table + k_slots * 3 + 1).to(tl.float32, bitcast=True), KEYS_FIRST)
+        k_x = _of_keys(tl.load(k_table + k_slots * 3 + 2).to(tl.float32, bitcast=True), KEYS_FIRST)
+        near = norm + _of_queries(y, KEYS_FIRST) * k_y + _of_queries(x, KEYS_FIRST) * k_x
+        return near < _of_queries(limit, KEYS_FIRST)
     else:
-        span = tl.load(k_table + k_slots * 5 + 3)
-        whole = (tl.load(q_table + q_slots * 5 + 3)[:, None] & span[None, :]) != 0
-        holds = (tl.load(q_table + q_slots * 5 + 4)[:, None] & span[None, :]) != 0
+        span = _of_keys(tl.load(k_table + k_slots * 5 + 3), KEYS_FIRST)
+        whole = (_of_queries(tl.load(q_table + q_slots * 5 + 3), KEYS_FIRST) & span) != 0
+        holds = (_of_queries(tl.load(q_table + q_slots * 5 + 4), KEYS_FIRST) & span) != 0
         if RULE == _METRIC:
-            q_t = tl.load(q_table + q_slots * 5)
-            k_t = tl.load(k_table + k_slots * 5)
-            dy = tl.load(q_table + q_slots * 5 + 1)[:, None] - tl.load(k_table + k_slots * 5 + 1)[None, :]
-            dx = tl.load(q_table + q_slots * 5 + 2)[:, None] - tl.load(k_table + k_slots * 5 + 2)[None, :]
-            limit = tl.load(rule + _METRIC_HEADER + tl.abs(q_t[:, None] - k_t[None, :]))
+            q_t = _of_queries(tl.load(q_table + q_slots * 5), KEYS_FIRST)
+            k_t = _of_keys(tl.load(k_table + k_slots * 5), KEYS_FIRST)
+            q_y = _of_queries(tl.load(q_table + q_slots * 5 + 1), KEYS_FIRST)
+            q_x = _of_queries(tl.load(q_table + q_slots * 5 + 2), KEYS_FIRST)
+            dy = q_y - _of_keys(tl.load(k_table + k_slots * 5 + 1), KEYS_FIRST)
+            dx = q_x - _of_keys(tl.load(k_table + k_slots * 5 + 2), KEYS_FIRST)
+            limit = tl.load(rule + _METRIC_HEADER + tl.abs(q_t - k_t))
             near = tl.load(rule) * dy * dy + tl.load(rule + 1) * dx * dx < limit
-            holds = holds & (near | (k_t[None, :] < tl.load(rule + 2)))
+            holds = holds & (near | (k_t < tl.load(rule + 2)))
         elif RULE == BITS:
             query_side = tl.load(rule)
             key_side = tl.load(rule + 1)
             columns = tl.load(rule + 2)
-            place = ((q_slots % BLOCK_Q) // query_side * columns)[:, None] + ((k_slots % BLOCK_K) // key_side)[None, :]
+            place = _of_queries((q_slots % BLOCK_Q) // query_side * columns, KEYS_FIRST)
+            place += _of_keys((k_slots % BLOCK_K) // key_side, KEYS_FIRST)
             holds = holds & (((word >> place) & 1) != 0)
         return whole | holds
 
