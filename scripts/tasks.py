@@ -39,6 +39,7 @@ SEES_DIFFUSERS = (
     "seam",
     "seed",
     "steps",
+    "video_families",
 )
 
 

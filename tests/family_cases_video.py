@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tiny_video_models as tiny
 import torch
 from family_case import Case
 from tiny_models import model_inputs, tiny_wan
@@ -17,7 +18,7 @@ def move_wan(inputs, frame, row, column):
     inputs["hidden_states"][:, :, frame, 2 * row + 1, 2 * column] += 1
 
 
-VIDEO_CASES = {
+WAN_CASES = {
     "WanTransformer3DModel": Case(lambda: tiny_wan(layers=2), wan_inputs, move_wan, VIDEOS),
     "WanTransformer3DModel, image to video": Case(
         lambda: tiny_wan(layers=1, in_channels=12, image_dim=8, added_kv_proj_dim=32),
@@ -30,4 +31,16 @@ VIDEO_CASES = {
         move_wan,
         VIDEOS,
     ),
+    "WanVACETransformer3DModel": Case(tiny.tiny_wan_vace, tiny.wan_vace_inputs, move_wan, VIDEOS),
+    "WanAnimateTransformer3DModel": Case(
+        tiny.tiny_wan_animate, tiny.wan_animate_inputs, move_wan, ((3, 3, 5), (2, 5, 4))
+    ),
+    "ChronoEditTransformer3DModel": Case(
+        lambda: tiny.wan_relative("ChronoEditTransformer3DModel", head_dim=24), wan_inputs, move_wan, VIDEOS
+    ),
+    "SkyReelsV2Transformer3DModel": Case(
+        lambda: tiny.wan_relative("SkyReelsV2Transformer3DModel"), wan_inputs, move_wan, VIDEOS
+    ),
 }
+
+VIDEO_CASES = {**WAN_CASES}
