@@ -18,6 +18,10 @@ def move_wan(inputs, frame, row, column):
     inputs["hidden_states"][:, :, frame, 2 * row + 1, 2 * column] += 1
 
 
+def move_latent(inputs, frame, row, column):
+    inputs["hidden_states"][:, :, frame, row, column] += 1
+
+
 WAN_CASES = {
     "WanTransformer3DModel": Case(lambda: tiny_wan(layers=2), wan_inputs, move_wan, VIDEOS),
     "WanTransformer3DModel, image to video": Case(
@@ -43,4 +47,35 @@ WAN_CASES = {
     ),
 }
 
-VIDEO_CASES = {**WAN_CASES}
+HUNYUAN_CASES = {
+    "HunyuanVideoTransformer3DModel": Case(tiny.tiny_hunyuan_video, tiny.hunyuan_video_inputs, move_wan, VIDEOS),
+    "HunyuanVideoTransformer3DModel, token replace": Case(
+        lambda: tiny.tiny_hunyuan_video(image_condition_type="token_replace"),
+        tiny.hunyuan_video_inputs,
+        move_wan,
+        VIDEOS,
+    ),
+    "HunyuanVideo15Transformer3DModel": Case(
+        tiny.tiny_hunyuan_video15, tiny.hunyuan_video15_inputs, move_latent, VIDEOS
+    ),
+    "HunyuanVideo15Transformer3DModel, text to video": Case(
+        tiny.tiny_hunyuan_video15,
+        lambda *grid: tiny.hunyuan_video15_inputs(*grid, image=False, text=80),
+        move_latent,
+        VIDEOS,
+    ),
+    "MotifVideoTransformer3DModel": Case(
+        lambda: tiny.hunyuan_relative("MotifVideoTransformer3DModel", image_embed_dim=8),
+        tiny.motif_video_inputs,
+        move_wan,
+        VIDEOS,
+    ),
+    "MotifVideoTransformer3DModel, decoder": Case(
+        lambda: tiny.hunyuan_relative("MotifVideoTransformer3DModel", image_embed_dim=8, num_decoder_layers=1),
+        tiny.motif_video_inputs,
+        move_wan,
+        VIDEOS,
+    ),
+}
+
+VIDEO_CASES = {**WAN_CASES, **HUNYUAN_CASES}

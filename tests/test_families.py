@@ -44,14 +44,15 @@ class Recorder(FakePlanner):
 
 def values(model, inputs) -> dict[str, torch.Tensor]:
     """The values that each self-attention call of the model's own processors gets, by the name of the module."""
-    modules = locate.self_attention(model, families.family_of(model))
+    family = families.family_of(model)
+    modules = locate.self_attention(model, family)
     originals = {module: module.processor for module in modules.values()}
     found = {name: [] for name in modules}
     try:
         for name, module in modules.items():
             layer = Layer(0, name, 1, 1, Recorder(extras=found[name]), "auto")
             layer.prepare(object())
-            module.processor = seam.adopt(module.processor, layer)
+            module.processor = seam.adopt(family.processor(module.processor), layer)
         run(model, inputs)
     finally:
         for module, processor in originals.items():
@@ -88,13 +89,13 @@ def test_the_layout_by_perturbation(name, grid):
             scale = next(s for s in (1, 2, 4) if layout.grid.height == -(-grid[1] // s))
             frame, row, column = place
             start = layout.key_tokens * (frame if frames > 1 else 0)
-            start += next(offset for offset, span in offsets(layout) if span.kind == "grid")
+            starts = [start + offset for offset, span in offsets(layout) if span.grid == layout.grid]
             frame = 0 if frames > 1 else frame
             token = (frame * layout.grid.height + row // scale) * layout.grid.width + column // scale
-            assert start + token in changed
             if not is_unet:
-                assert len(changed) == 1
+                assert changed.tolist() == [start + token for start in starts]
             else:
+                assert start + token in changed
                 far = layout.grid.coordinates()[changed - start] - layout.grid.coordinates()[token]
                 assert far.abs().max() < max(4 // scale, 1) + 1
 

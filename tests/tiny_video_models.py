@@ -89,3 +89,83 @@ def wan_animate_inputs(frames: int, height: int, width: int) -> dict[str, Any]:
         "encoder_hidden_states_image": noise(1, 4, 8),
         **common(text=512),
     }
+
+
+def hunyuan_relative(name: str, **config: Any) -> nn.Module:
+    """2 dual and 2 single blocks, patches of 1x2x2."""
+    return build(
+        name,
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "patch_size": 2,
+            "patch_size_t": 1,
+            "text_embed_dim": 32,
+            "rope_axes_dim": (4, 6, 6),
+        }
+        | config,
+    )
+
+
+def tiny_hunyuan_video(**config: Any) -> nn.Module:
+    return hunyuan_relative(
+        "HunyuanVideoTransformer3DModel", num_refiner_layers=1, pooled_projection_dim=8, guidance_embeds=False, **config
+    )
+
+
+def hunyuan_video_inputs(*grid: int) -> dict[str, Any]:
+    """8 tokens of text of which the last 3 are padding."""
+    return {
+        "hidden_states": latents(grid),
+        "pooled_projections": noise(1, 8, seed=2),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]]),
+        **common(),
+    }
+
+
+def motif_video_inputs(*grid: int) -> dict[str, Any]:
+    """2 tokens of an image, and 8 of text of which the last 3 are padding."""
+    inputs = hunyuan_video_inputs(*grid)
+    del inputs["pooled_projections"]
+    return inputs | {"image_embeds": noise(1, 2, 8, seed=3)}
+
+
+def tiny_hunyuan_video15() -> nn.Module:
+    model = build(
+        "HunyuanVideo15Transformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        text_embed_dim=32,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    )
+    # 2048 channels wide in all configurations.
+    model.context_embedder_2 = type(model.context_embedder_2)(8, 16, 32).eval()
+    return model
+
+
+def hunyuan_video15_inputs(*grid: int, image: bool = True, text: int = 8, batch: int = 1) -> dict[str, Any]:
+    """`text` tokens, 5 of the first sample no padding; 6 glyph tokens, 2 no padding; 4 of an image, zeros if none."""
+    valid = torch.arange(text) < torch.arange(5, 5 + batch)[:, None]
+    glyphs = (torch.arange(6) < 2).expand(batch, -1)
+    return {
+        "hidden_states": noise(batch, 4, *grid),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": noise(batch, text, 32, seed=1),
+        "encoder_attention_mask": valid.long(),
+        "encoder_hidden_states_2": noise(batch, 6, 8, seed=2),
+        "encoder_attention_mask_2": glyphs.long(),
+        "image_embeds": noise(batch, 4, 8, seed=3) * image,
+        "return_dict": False,
+    }

@@ -116,7 +116,8 @@ class Attachment:
         for index, (name, module) in enumerate(modules.items()):
             layer = Layer(index, name, *self.family.heads(module), planner, backend, self.family)
             original = before.get(module, seam.stock(module.processor))
-            self.bindings.append(Binding(name, module, original, seam.adopt(original, layer), layer))
+            adopted = seam.adopt(self.family.processor(original), layer)
+            self.bindings.append(Binding(name, module, original, adopted, layer))
         self.seen: dict[TokenLayout, dict[str, Place]] = {}
         self.steps_seen: int | None = None
         self.seed: torch.Tensor | None = None

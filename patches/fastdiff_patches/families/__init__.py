@@ -6,6 +6,7 @@ Rows are found by class name, so nothing of diffusers is imported here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -62,7 +63,7 @@ def family_of(
                 f"modules is {modules!r}, which is no regular expression ({error}); write one that matches the full "
                 "names of the self-attention modules."
             ) from None
-    return family if told is None else dataclasses.replace(family, told=told)
+    return family if told is None else dataclasses.replace(family, whole=functools.partial(_checked, told))
 
 
 def _told_heads(attention: nn.Module) -> tuple[int, int]:
@@ -74,3 +75,13 @@ def _told_heads(attention: nn.Module) -> tuple[int, int]:
             "diffusers' attention modules have them, are missing. Leave it out with modules=."
         )
     return heads, width // heads
+
+
+def _checked(told: Callable[[Mapping[str, Any]], TokenLayout], config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    layout = told(inputs)
+    if not isinstance(layout, TokenLayout) or layout.query != layout.key:
+        raise InvalidInputError(
+            f"layout= gave {layout!r}; it must give the TokenLayout of self-attention, for example "
+            "TokenLayout.self_attention(Grid(frames, height, width), text_before=512)."
+        )
+    return layout

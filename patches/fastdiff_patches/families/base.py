@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout
+from fastdiff_kernels import Grid, Span, TokenLayout
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,6 +31,10 @@ def _same_layout(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
     return layout
 
 
+def _same_processor(processor: Any) -> Any:
+    return processor
+
+
 def _no_rotary(arguments: Mapping[str, Any]) -> Table | None:
     return None
 
@@ -44,7 +48,7 @@ class Family:
         modules: Full names of the self-attention modules in `named_modules()`. Cross-attention, refiners and
             text towers must not match.
         grid: (model config, forward arguments by name) -> the token grid. Reads shapes; contents only where the
-            shapes do not tell, and then once for each tensor, since that waits for the device. None with `told`.
+            shapes do not tell, and then once for each tensor, since that waits for the device. None with `whole`.
         text: (model config, forward arguments by name) -> text tokens (before, after) the grid in the sequence.
         references: (model config, forward arguments by name) -> spans of reference images behind the grid.
         at: (model config, layout of the model, name of a module) -> the layout in that module.
@@ -56,7 +60,10 @@ class Family:
         query_norms: Names, in an attention module, of the modules whose outputs in this order make up the query before
             RoPE; a module without text lacks those of the text. Empty if the model has no RoPE.
         rotary: Arguments of a processor's call by name -> the table of `NEEDS["rotary"]`.
-        told: What a user said instead of `grid`, `text` and `references`: forward arguments by name -> layout.
+        processor: stock processor -> the one that is adopted in its place: another where the stock one does before its
+            attention call what sparse attention must not.
+        whole: (model config, forward arguments by name) -> the layout, where `grid`, `text` and `references` cannot
+            say it.
         by_length: Whether, of the modules named, those are meant whose calls have as many tokens as the layout.
     """
 
@@ -72,13 +79,14 @@ class Family:
     supplies: frozenset[str] = frozenset()
     query_norms: tuple[str, ...] = ()
     rotary: Callable[[Mapping[str, Any]], Table | None] = _no_rotary
-    told: Callable[[Mapping[str, Any]], TokenLayout] | None = None
+    processor: Callable[[Any], Any] = _same_processor
+    whole: Callable[[Any, Mapping[str, Any]], TokenLayout] | None = None
     by_length: bool = False
 
     def layout(self, config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
         """The layout of the model in the forward that gets these arguments; `at` makes it that of one module."""
-        if self.told is not None:
-            return _checked(self.told(inputs))
+        if self.whole is not None:
+            return self.whole(config, inputs)
         grid = self.grid(config, inputs)
         return self._around(grid, self.text(config, inputs), self.references(config, inputs))
 
@@ -99,15 +107,6 @@ class Family:
         before, after = ((Span("text", tokens),) if tokens else () for tokens in text)
         spans = (*before, Span("grid", grid.tokens, grid), *references, *after)
         return TokenLayout(spans, spans)
-
-
-def _checked(layout: Any) -> TokenLayout:
-    if not isinstance(layout, TokenLayout) or layout.query != layout.key:
-        raise InvalidInputError(
-            f"layout= gave {layout!r}; it must give the TokenLayout of self-attention, for example "
-            "TokenLayout.self_attention(Grid(frames, height, width), text_before=512)."
-        )
-    return layout
 
 
 def given(value: Any) -> str:
