@@ -4,19 +4,17 @@ import copy
 
 import pytest
 import torch
-from fake_planner import FakePlanner, Watching, put_on, rotated
-from family_case import present, without_neighbours
+from fake_planner import Watching, put_on, rotated
+from family_case import present, run, values, without_neighbours
 from family_cases_image import IMAGE_CASES
 from family_cases_video import VIDEO_CASES
 from tiny_models import tiny_wan
-from tiny_picture_models import flux_inputs, image_ids, tiny_flux, tiny_unet, unet_inputs
+from tiny_picture_models import flux_inputs, tiny_flux
 
 import fastdiff
 from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError
-from fastdiff_patches import families, locate, seam
+from fastdiff_patches import families, locate
 from fastdiff_patches.attachment import find
-from fastdiff_patches.image_ids import image_spans
-from fastdiff_patches.processor import Layer
 
 torch.set_num_threads(1)
 
@@ -27,37 +25,6 @@ PAIRS = [(name, grid) for name, case in CASES.items() for grid in case.grids]
 
 def test_every_row_has_a_model_here():
     assert {name.split(",")[0] for name in ALL_CASES} == set(families.FAMILIES)
-
-
-def run(model, inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs)[0]
-
-
-class Recorder(FakePlanner):
-    """Keeps the values of each call, `[batch x tokens, channels]`, and lets no token see another."""
-
-    def attend(self, query, key, value, plan, extras):
-        self.extras.append(value.flatten(2).flatten(0, 1))
-        return torch.zeros_like(query)
-
-
-def values(model, inputs) -> dict[str, torch.Tensor]:
-    """The values that each self-attention call of the model's own processors gets, by the name of the module."""
-    family = families.family_of(model)
-    modules = locate.self_attention(model, family)
-    originals = {module: module.processor for module in modules.values()}
-    found = {name: [] for name in modules}
-    try:
-        for name, module in modules.items():
-            layer = Layer(0, name, 1, 1, Recorder(extras=found[name]), "auto")
-            layer.prepare(object())
-            module.processor = seam.adopt(family.processor(module.processor), layer)
-        run(model, inputs)
-    finally:
-        for module, processor in originals.items():
-            module.processor = processor
-    return {name: calls[0] for name, calls in found.items()}
 
 
 @pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
@@ -176,108 +143,6 @@ def test_inputs_without_a_video_are_refused(inputs):
     model = tiny_wan(layers=1)
     with pytest.raises(InvalidInputError, match="hidden_states is"):
         families.family_of(model).layout(model.config, inputs)
-
-
-class TestFlux:
-    def layout(self, **changed):
-        model = tiny_flux()
-        return families.family_of(model).layout(model.config, flux_inputs() | changed)
-
-    def test_text_comes_first_and_references_last(self):
-        layout = self.layout(**flux_inputs(5, 7, text=3, reference=(2, 4)))
-        assert [(span.kind, span.tokens) for span in layout.query] == [("text", 3), ("grid", 35), ("reference", 8)]
-        assert layout.grid == Grid(1, 5, 7)
-        assert layout.query == layout.key
-
-    def test_two_references_wherever_they_stand(self):
-        ids = torch.cat([image_ids(0, 3, 3), image_ids(1, 2, 2), image_ids(2, 2, 3) + torch.tensor([0, 5, 0])])
-        layout = self.layout(img_ids=ids, hidden_states=torch.zeros(1, len(ids), 16))
-        assert [(span.kind, span.tokens) for span in layout.query[2:]] == [("reference", 4), ("reference", 6)]
-
-    def test_a_batch_of_ids(self):
-        assert self.layout(img_ids=image_ids(0, 5, 7).expand(2, -1, -1)).grid == Grid(1, 5, 7)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64], ids=str)
-    def test_ids_that_half_precision_rounds(self, dtype):
-        ids = image_ids(0, 2, 300).to(dtype)
-        assert self.layout(img_ids=ids, hidden_states=torch.zeros(1, 600, 16)).grid == Grid(1, 2, 300)
-
-    @pytest.mark.parametrize(
-        ("changed", "match"),
-        [
-            ({"hidden_states": torch.zeros(1, 4, 10, 14)}, "takes packed latents"),
-            ({"hidden_states": torch.zeros(1, 34, 16)}, r"img_ids is of shape \(35, 3\).*positions of the 34 image"),
-            ({"img_ids": None}, "img_ids is missing"),
-            ({"encoder_hidden_states": None}, "encoder_hidden_states is missing"),
-            ({"img_ids": image_ids(0, 5, 7).flip(0)}, "do not say a grid"),
-            ({"img_ids": image_ids(0, 5, 7) * 2}, "do not say a grid"),
-            ({"img_ids": image_ids(1, 5, 7)}, "do not say a grid"),
-            ({"img_ids": torch.cat([image_ids(0, 5, 7)[:32], image_ids(1, 1, 3)])}, "do not say a grid"),
-            ({"img_ids": torch.cat([image_ids(i, 1, w) for i, w in ((0, 7), (1, 21), (0, 7))])}, "do not say a grid"),
-        ],
-        ids=["unpacked", "length", "no ids", "no text", "order", "scaled", "no picture", "torn", "picture twice"],
-    )
-    def test_what_says_no_grid_is_refused(self, changed, match):
-        with pytest.raises(InvalidInputError, match=match):
-            self.layout(**changed)
-
-    def test_ids_are_read_once(self, monkeypatch):
-        ids = image_ids(0, 5, 7)
-        reads = []
-        monkeypatch.setattr(torch.Tensor, "cpu", lambda self: reads.append(self) or self)
-        for _ in range(3):
-            assert image_spans(ids)[0].grid == Grid(1, 5, 7)
-        assert len(reads) == 1
-        ids[:] = image_ids(0, 7, 5)
-        assert image_spans(ids)[0].grid == Grid(1, 7, 5)
-        with torch.inference_mode():
-            other = image_ids(0, 1, 4)
-            assert image_spans(other)[0].grid == image_spans(other)[0].grid == Grid(1, 1, 4)
-        assert len(reads) == 3
-
-    def test_a_reference_is_seen_by_all(self):
-        torch.manual_seed(0)
-        model, inputs = tiny_flux(), flux_inputs(8, 8, reference=(4, 4))
-        fastdiff.apply(model, fastdiff.NeighborhoodConfig((3, 3), block_size=32))
-        before = run(model, inputs)
-        inputs["hidden_states"][:, -1] += 1
-        assert ((run(model, inputs) - before).abs().amax(-1) > 0).all()
-
-
-class TestUNet:
-    def test_order_and_levels(self):
-        model = tiny_unet()
-        family = families.family_of(model)
-        whole = family.layout(model.config, unet_inputs(9, 13))
-        grids = {name: str(family.at(model.config, whole, name).grid) for name in locate.self_attention(model, family)}
-        assert list(grids.values()) == ["1x9x13", "1x5x7", "1x5x7", "1x5x7", "1x9x13", "1x9x13", "1x3x4"]
-        assert list(grids)[-1] == "mid_block.attentions.0.transformer_blocks.0.attn1"
-        assert all(name.endswith("attn1") for name in grids)
-
-    def test_downsampling_without_padding_in_front(self):
-        model = tiny_unet(downsample_padding=0)
-        family = families.family_of(model)
-        whole = family.layout(model.config, unet_inputs(9, 13))
-        for name, found in values(model, unet_inputs(9, 13)).items():
-            assert len(found) == family.at(model.config, whole, name).key_tokens
-
-    def test_coarse_levels_stay_dense(self):
-        model = tiny_unet()
-        fastdiff.apply(model, fastdiff.NeighborhoodConfig((2, 2), block_size=32))
-        run(model, unet_inputs(9, 13))
-        active = [layer.active for layer in find(model).layers]
-        assert active == [True] * 6 + [False]
-
-    def test_layers_that_look_at_text_alone_are_left_out(self):
-        model = tiny_unet(only_cross_attention=[True, False, False])
-        found = locate.self_attention(model, families.family_of(model))
-        assert [name.split(".")[0] for name in found] == ["down_blocks", "up_blocks", "up_blocks", "mid_block"]
-
-    @pytest.mark.parametrize("inputs", [{}, {"sample": torch.zeros(1, 4, 8)}], ids=["missing", "flat"])
-    def test_inputs_without_a_picture_are_refused(self, inputs):
-        model = tiny_unet()
-        with pytest.raises(InvalidInputError, match="sample is"):
-            families.family_of(model).layout(model.config, inputs)
 
 
 def test_forecasts():

@@ -44,10 +44,10 @@ def tiny_picture_vae() -> AutoencoderKL:
     ).eval()
 
 
-def tiny_flux(layers: int = 1, single_layers: int = 1, heads: int = 2) -> FluxTransformer2DModel:
-    """A FluxTransformer2DModel of dual and single blocks, 16 channels in a packed token."""
+def tiny_flux(layers: int = 1, single_layers: int = 1, heads: int = 2, in_channels: int = 16) -> FluxTransformer2DModel:
+    """A FluxTransformer2DModel of dual and single blocks."""
     model = FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=in_channels,
         num_layers=layers,
         num_single_layers=single_layers,
         attention_head_dim=16,
@@ -60,20 +60,28 @@ def tiny_flux(layers: int = 1, single_layers: int = 1, heads: int = 2) -> FluxTr
 
 
 def flux_inputs(
-    height: int = 5, width: int = 7, text: int = 3, batch: int = 1, reference: tuple[int, int] = (), seed: int = 0
+    height: int = 5,
+    width: int = 7,
+    text: int = 3,
+    batch: int = 1,
+    reference: tuple[int, int] = (),
+    seed: int = 0,
+    channels: int = 16,
+    **more,
 ) -> dict:
     """Arguments of one forward of `tiny_flux` on height x width tokens, with a reference image behind if asked."""
     generator = torch.Generator().manual_seed(seed)
     ids = [image_ids(0, height, width)] + ([image_ids(1, *reference)] if reference else [])
     tokens = sum(map(len, ids))
     return {
-        "hidden_states": torch.randn(batch, tokens, 16, generator=generator),
+        "hidden_states": torch.randn(batch, tokens, channels, generator=generator),
         "encoder_hidden_states": torch.randn(batch, text, 32, generator=generator),
         "pooled_projections": torch.randn(batch, 32, generator=generator),
         "timestep": torch.full((batch,), 0.5),
         "img_ids": torch.cat(ids),
         "txt_ids": torch.zeros(text, 3),
         "return_dict": False,
+        **more,
     }
 
 
@@ -117,7 +125,7 @@ def tiny_unet(levels: int = 3, heads: int = 2, **options) -> UNet2DConditionMode
     return model.eval()
 
 
-def unet_inputs(height: int = 9, width: int = 13, batch: int = 1, seed: int = 0) -> dict:
+def unet_inputs(height: int = 9, width: int = 13, batch: int = 1, seed: int = 0, **more) -> dict:
     """Arguments of one forward of `tiny_unet`."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -125,6 +133,7 @@ def unet_inputs(height: int = 9, width: int = 13, batch: int = 1, seed: int = 0)
         "timestep": torch.tensor(500),
         "encoder_hidden_states": torch.randn(batch, 8, 32, generator=generator),
         "return_dict": False,
+        **more,
     }
 
 

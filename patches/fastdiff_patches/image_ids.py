@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastdiff_kernels import Grid, InvalidInputError, Span
 
-# A pipeline hands the same tensor to every step, so that a run waits for the device once.
-_known = WeakTensorKeyDictionary()
+from .contents import read_once
 
 
-def image_spans(ids: torch.Tensor) -> tuple[Span, ...]:
+class Image(NamedTuple):
+    """A run of tokens with one number, and its grid if it is a whole one row by row."""
+
+    number: int
+    tokens: int
+    grid: Grid | None
+
+
+def image_spans(ids: torch.Tensor, picture: int = 0) -> tuple[Span, ...]:
     """The grid span of the picture, and a reference span for each reference image behind it.
 
     Args:
-        ids: (image, row, column) of each token, `[tokens, 3]` or `[batch, tokens, 3]`; image 0 is the picture.
+        ids: (image, row, column, ...) of each token, `[tokens, 3 or more]` or `[batch, tokens, 3 or more]`.
+        picture: The number of the image that is drawn; others are references.
 
     Raises:
         InvalidInputError: If the picture does not come first, or is not a whole grid row by row.
     """
-    version = None if ids.is_inference() else ids._version
-    known = _known.get(ids)
-    if known is None or known[0] != version:
-        known = _known[ids] = version, _read(ids)
-    return known[1]
-
-
-def _read(ids: torch.Tensor) -> tuple[Span, ...]:
-    rows = (ids if ids.ndim == 2 else ids[0]).detach().cpu()
-    starts = (rows[1:, 0] != rows[:-1, 0]).nonzero().flatten() + 1
-    picture, *references = torch.tensor_split(rows, starts)
-    grid = _raster(picture)
-    if rows[0, 0] != 0 or grid is None or any(image[0, 0] == 0 for image in references):
+    first, *others = read_once(ids, _images)
+    if first.number != picture or first.grid is None or any(image.number == picture for image in others):
         raise InvalidInputError(
-            f"img_ids of {len(rows)} tokens do not say a grid: the picture must come first, with 0 in the first column "
-            "and rows and columns counted from 0, row by row, as FluxPipeline makes them."
+            f"img_ids of {ids.shape[-2]} tokens do not say a grid: the picture must come first, with {picture} in the "
+            "first column and rows and columns counted one by one, row by row, as the model's own pipeline makes them."
         )
     # All see references, so that where their tokens stand does not matter.
-    return Span("grid", grid.tokens, grid), *(Span("reference", len(image)) for image in references)
+    return Span("grid", first.tokens, first.grid), *(Span("reference", image.tokens) for image in others)
+
+
+def _images(ids: torch.Tensor) -> tuple[Image, ...]:
+    rows = (ids if ids.ndim == 2 else ids[0]).detach().cpu()
+    starts = (rows[1:, 0] != rows[:-1, 0]).nonzero().flatten() + 1
+    return tuple(Image(int(image[0, 0]), len(image), _raster(image)) for image in torch.tensor_split(rows, starts))
 
 
 def _raster(image: torch.Tensor) -> Grid | None:
@@ -49,7 +53,7 @@ def _raster(image: torch.Tensor) -> Grid | None:
     natural = torch.arange(height * width)
     whole = (
         height * width == len(image)
-        and torch.equal(row, (natural // width).to(row.dtype))
-        and torch.equal(column, (natural % width).to(column.dtype))
+        and torch.equal(row, (natural // width + int(row[0])).to(row.dtype))
+        and torch.equal(column, (natural % width + int(column[0])).to(column.dtype))
     )
     return Grid(1, height, width) if whole else None

@@ -165,8 +165,10 @@ def _adopted_class(cls: type) -> type:
             outer = _here.layer, _here.inputs
             _here.layer, _here.inputs = layer, inputs
             try:
-                if inputs is not None:
+                if inputs is not None and len(args) > 1:
                     args = (args[0], layer.enter(args[1], inputs), *args[2:])
+                elif inputs is not None:
+                    kwargs[names[1]] = layer.enter(kwargs[names[1]], inputs)
                 out = same(self, *args, **kwargs)
                 if inputs is not None:
                     out = layer.leave(out, inputs)

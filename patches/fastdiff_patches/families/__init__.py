@@ -15,12 +15,14 @@ from torch import nn
 
 from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
 
-from . import image, unet, video
+from . import image, image_latents, unet, video
 from .base import Family
 
 __all__ = ["FAMILIES", "Family", "family_of", "find_family"]
 
-FAMILIES: dict[str, Family] = {**video.FAMILIES, **image.FAMILIES, **unet.FAMILIES}
+FAMILIES: dict[str, Family] = {**video.FAMILIES, **image.FAMILIES, **image_latents.FAMILIES, **unet.FAMILIES}
+# Their self-attention is linear and has no scores that could be left out.
+LINEAR = frozenset({"SanaTransformer2DModel", "SanaVideoTransformer3DModel"})
 
 
 def find_family(model: nn.Module) -> Family | None:
@@ -41,9 +43,14 @@ def family_of(
 
     Raises:
         InvalidInputError: If the pattern is no regular expression.
-        UnsupportedError: If neither a row nor a user describes the model.
+        UnsupportedError: If neither a row nor a user describes the model, or its self-attention is linear.
     """
     family = find_family(model)
+    if any(cls.__name__ in LINEAR for cls in type(model).__mro__):
+        raise UnsupportedError(
+            f"the self-attention of {type(model).__name__} is linear: its cost grows with the tokens and not with "
+            "their square, and it has no scores to leave out. Use the model as it is."
+        )
     if family is None and told is None:
         raise UnsupportedError(
             f"{type(model).__name__} is not described; supported are {', '.join(sorted(FAMILIES))} and classes "

@@ -1,49 +1,53 @@
-"""Picture transformers."""
+"""Picture transformers that take packed tokens: positions of the tokens or a list of shapes tell the grid."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from fastdiff_kernels import Grid, InvalidInputError, Span
+import torch
+
+from fastdiff_kernels import Grid, InvalidInputError, Span, UnsupportedError
 
 from ..image_ids import image_spans
 from ..planner import NEEDS
 from .base import Family, Table, given
+from .image_text import interleaved, text_before
+
+# Their blocks take text and picture apart, or one behind the other.
+_SUPPLIES = frozenset(NEEDS) - {"block_input"}
 
 
-def _flux_spans(inputs: Mapping[str, Any]) -> tuple[Span, ...]:
-    packed, ids = inputs.get("hidden_states"), inputs.get("img_ids")
+def _packed(inputs: Mapping[str, Any]) -> torch.Tensor:
+    packed = inputs.get("hidden_states")
     if packed is None or packed.ndim != 3:
         raise InvalidInputError(
             f"hidden_states is {given(packed)}; this model takes packed latents [batch, tokens, channels]. Pack them "
-            "as FluxPipeline does (2x2 pixels make a token)."
+            "as its pipeline does (FluxPipeline makes a token of 2x2 pixels)."
         )
-    if ids is None or ids.ndim not in (2, 3) or ids.shape[-1] != 3 or ids.shape[-2] != packed.shape[1]:
+    return packed
+
+
+def _spans(inputs: Mapping[str, Any], picture: int) -> tuple[Span, ...]:
+    tokens, ids = _packed(inputs).shape[1], inputs.get("img_ids")
+    if ids is None or ids.ndim not in (2, 3) or ids.shape[-1] < 3 or ids.shape[-2] != tokens:
         raise InvalidInputError(
-            f"img_ids is {given(ids)}; the grid is read from the positions of the {packed.shape[1]} image tokens, "
-            f"[{packed.shape[1]}, 3]."
+            f"img_ids is {given(ids)}; the grid is read from the positions of the {tokens} image tokens, "
+            f"[{tokens}, 3 or more]."
         )
-    return image_spans(ids)
+    return image_spans(ids, picture)
 
 
-def _flux_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    return _flux_spans(inputs)[0].grid
+def _grid(config: Any, inputs: Mapping[str, Any], picture: int = 0) -> Grid:
+    return _spans(inputs, picture)[0].grid
 
 
-def _flux_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    text = inputs.get("encoder_hidden_states")
-    if text is None or text.ndim != 3:
-        raise InvalidInputError(
-            f"encoder_hidden_states is {given(text)}; the text stands before the image in the same sequence, "
-            "[batch, tokens, channels]."
-        )
-    return text.shape[1], 0
-
-
-def _flux_references(config: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
-    return _flux_spans(inputs)[1:]
+def _references(config: Any, inputs: Mapping[str, Any], picture: int = 0) -> tuple[Span, ...]:
+    return _spans(inputs, picture)[1:]
 
 
 def _flux_rotary(arguments: Mapping[str, Any]) -> Table | None:
@@ -53,17 +57,90 @@ def _flux_rotary(arguments: Mapping[str, Any]) -> Table | None:
 _FLUX = Family(
     "flux",
     re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
-    _flux_grid,
-    text=_flux_text,
-    references=_flux_references,
+    _grid,
+    text=text_before,
+    references=_references,
     usual_text=(512, 0),
-    # Its blocks take text and picture apart, or one behind the other.
-    supplies=frozenset(NEEDS) - {"block_input"},
+    supplies=_SUPPLIES,
     query_norms=("norm_added_q", "norm_q"),
     rotary=_flux_rotary,
 )
 
 
+def _flux2_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    if inputs.get("kv_cache_mode") is not None:
+        raise UnsupportedError(
+            f"kv_cache_mode is {inputs['kv_cache_mode']!r}: keys of reference images are kept beside the sequence, "
+            "which sparse attention does not know. Use a pipeline that appends references (Flux2KleinPipeline), or "
+            "call fastdiff.remove."
+        )
+    return _grid(config, inputs)
+
+
+_FLUX2 = replace(_FLUX, name="flux2", grid=_flux2_grid)
+# Text is image 0 there.
+_LONGCAT = replace(
+    _FLUX, name="longcat-image", grid=partial(_grid, picture=1), references=partial(_references, picture=1)
+)
+
+
+def _qwen_images(inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """(frames, height, width) of each image in the sequence."""
+    tokens, shapes = _packed(inputs).shape[1], inputs.get("img_shapes")
+    samples = [[sample] if isinstance(sample[0], int) else list(sample) for sample in shapes or ()]
+    if not samples or any(sample != samples[0] for sample in samples):
+        raise InvalidInputError(
+            f"img_shapes is {shapes!r}; the grid is read from it: for each sample the same list of (frames, height, "
+            "width) in tokens, one for each image. Run pictures of unequal sizes one by one."
+        )
+    if sum(map(math.prod, samples[0])) != tokens:
+        raise InvalidInputError(f"img_shapes is {samples[0]} for {tokens} image tokens; they must be as many.")
+    return [tuple(image) for image in samples[0]]
+
+
+def _qwen_pictures(config: Any, inputs: Mapping[str, Any]) -> int:
+    # The layered model draws all images but the last.
+    images = _qwen_images(inputs)
+    return len(images) - 1 if getattr(config, "use_layer3d_rope", False) else 1
+
+
+def _qwen_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    pictures = _qwen_images(inputs)[: _qwen_pictures(config, inputs)]
+    if any(picture != pictures[0] for picture in pictures):
+        raise InvalidInputError(f"img_shapes gives layers of sizes {pictures}; layers must have one size.")
+    frames, height, width = pictures[0]
+    return Grid(len(pictures) * frames, height, width)
+
+
+def _qwen_references(config: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+    images = _qwen_images(inputs)[_qwen_pictures(config, inputs) :]
+    return tuple(Span("reference", math.prod(image)) for image in images)
+
+
+def _qwen_rotary(arguments: Mapping[str, Any]) -> Table | None:
+    tables = arguments.get("image_rotary_emb")
+    return None if tables is None else interleaved(torch.cat([tables[1], tables[0]]))
+
+
+_QWEN = Family(
+    "qwen-image",
+    re.compile(r"transformer_blocks\.\d+\.attn"),
+    _qwen_grid,
+    text=text_before,
+    references=_qwen_references,
+    usual_text=(512, 0),
+    supplies=_SUPPLIES,
+    query_norms=("norm_added_q", "norm_q"),
+    rotary=_qwen_rotary,
+)
+
+
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX2,
+    "ChromaTransformer2DModel": replace(_FLUX, name="chroma"),
+    "BriaTransformer2DModel": replace(_FLUX, name="bria"),
+    "LongCatImageTransformer2DModel": _LONGCAT,
+    "OvisImageTransformer2DModel": replace(_FLUX, name="ovis-image", usual_text=(256, 0)),
+    "QwenImageTransformer2DModel": _QWEN,
 }
