@@ -156,6 +156,28 @@ class TestFlux2:
             spans(tiny.tiny_flux2(), inputs)
 
 
+class TestChroma:
+    def inputs(self, dtype):
+        mask = torch.cat([torch.tensor([[1, 1, 0, 0]]), torch.ones(1, 35)], 1).to(dtype)
+        return tiny.packed_inputs(5, 7, text=4, attention_mask=mask)
+
+    def test_hidden_text_stays_hidden(self):
+        torch.manual_seed(0)
+        model = tiny.tiny_chroma()
+        sparse_equals_dense(model, self.inputs(torch.bool))
+        fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, 3, 3), block_size=32))
+        inputs = self.inputs(torch.bool)
+        before = run(model, inputs)
+        inputs["encoder_hidden_states"][:, 2:] += 1
+        assert torch.equal(run(model, inputs), before)
+
+    def test_a_mask_that_is_added_to_the_scores_is_refused(self):
+        model = tiny.tiny_chroma()
+        fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, 3, 3), block_size=32))
+        with pytest.raises(UnsupportedError, match=r"attention_mask is torch.float32.*mask.bool\(\)"):
+            run(model, self.inputs(torch.float32))
+
+
 @has("LongCatImageTransformer2DModel")
 def test_longcat_counts_the_text_as_image_0():
     model = tiny.tiny_longcat()

@@ -285,10 +285,21 @@ def test_what_the_sparse_path_cannot_do_is_refused():
     query, key = torch.zeros(1, 5, 2, 4), torch.zeros(1, 5, 1, 4)
     with pytest.raises(UnsupportedError, match="is_causal=True"):
         layer.attend(query, query, query, None, 0.0, True, None, None)
-    with pytest.raises(UnsupportedError, match="2 query heads and 1 key heads"):
-        layer.attend(query, key, key, None, 0.0, False, None, None)
+    with pytest.raises(UnsupportedError, match="1 query heads and 2 key heads"):
+        layer.attend(key, query, query, None, 0.0, False, None, None)
     with pytest.raises(UnsupportedError, match="context parallelism"):
         layer.attend(query, query, query, None, 0.0, False, None, object())
+
+
+def test_query_heads_may_share_a_key_head():
+    torch.manual_seed(0)
+    layer = Layer(0, "attn1", 4, 8, planner := FakePlanner(window=None), "auto")
+    layer.prepare(planner.plan(_line(6), layer=0, step=None, steps=None, heads=4, head_dim=8, device="cpu"))
+    query, key, value = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+    out = layer.attend(query, key, value, None, 0.0, False, None, None)
+    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    truth = torch.nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out, truth)
 
 
 def test_processors_that_call_sdpa_themselves():

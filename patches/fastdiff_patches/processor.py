@@ -168,15 +168,19 @@ class Layer:
                 "context parallelism is on and sparse attention does not support it yet; call fastdiff.remove(pipe), "
                 "or run on one device."
             )
-        if causal or dropout or key.shape[2] != query.shape[2]:
+        group, rest = divmod(query.shape[2], key.shape[2])
+        if causal or dropout or rest:
             raise UnsupportedError(
                 f"self-attention was called with is_causal={causal}, dropout_p={dropout}, {query.shape[2]} query heads "
-                f"and {key.shape[2]} key heads; sparse attention takes no causal flag, no dropout and equal heads. "
-                "Keep these layers dense with dense_layers=."
+                f"and {key.shape[2]} key heads; sparse attention takes no causal flag, no dropout and as many query "
+                "heads for each key head. Keep these layers dense with dense_layers=."
             )
+        if group > 1:
+            key, value = (x.repeat_interleave(group, 2) for x in (key, value))
         inputs = {} if inputs is None else inputs
         if "pre_rope_query" in self.needs:
             inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
+        mask = mask if self.family is None else self.family.mask(mask)
         return self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, _key_mask(mask, key)))
 
     def _query_before_rope(self, query: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -184,6 +188,8 @@ class Layer:
         if not norms:
             return query
         parts = [inputs.pop(name) for name in norms if name in inputs]
+        if self.family.heads_first:
+            parts = [part.transpose(1, 2) for part in parts]
         # Norms across heads see them side by side.
         parts = [part.unflatten(-1, (query.shape[2], -1)) if part.ndim == 3 else part for part in parts]
         tokens = sum(part.shape[1] for part in parts)

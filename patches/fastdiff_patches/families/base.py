@@ -35,6 +35,10 @@ def _same_processor(processor: Any) -> Any:
     return processor
 
 
+def _same_mask(mask: Any) -> Any:
+    return mask
+
+
 def _no_rotary(arguments: Mapping[str, Any]) -> Table | None:
     return None
 
@@ -59,7 +63,9 @@ class Family:
         supplies: Which of `fastdiff_patches.planner.NEEDS` the family can fill.
         query_norms: Names, in an attention module, of the modules whose outputs in this order make up the query before
             RoPE; a module without text lacks those of the text. Empty if the model has no RoPE.
+        heads_first: Whether these outputs are `[batch, heads, tokens, head_dim]` and not tokens first.
         rotary: Arguments of a processor's call by name -> the table of `NEEDS["rotary"]`.
+        mask: Mask of the attention call -> a bool mask that hides keys alone, where the model says it otherwise.
         processor: stock processor -> the one that is adopted in its place: another where the stock one does before its
             attention call what sparse attention must not.
         whole: (model config, forward arguments by name) -> the layout, where `grid`, `text` and `references` cannot
@@ -78,7 +84,9 @@ class Family:
     heads: Callable[[nn.Module], tuple[int, int]] = _inner_heads
     supplies: frozenset[str] = frozenset()
     query_norms: tuple[str, ...] = ()
+    heads_first: bool = False
     rotary: Callable[[Mapping[str, Any]], Table | None] = _no_rotary
+    mask: Callable[[Any], Any] = _same_mask
     processor: Callable[[Any], Any] = _same_processor
     whole: Callable[[Any, Mapping[str, Any]], TokenLayout] | None = None
     by_length: bool = False

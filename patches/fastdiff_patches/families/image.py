@@ -16,7 +16,7 @@ from fastdiff_kernels import Grid, InvalidInputError, Span, UnsupportedError
 from ..image_ids import image_spans
 from ..planner import NEEDS
 from .base import Family, Table, given
-from .image_text import interleaved, text_before
+from .image_text import interleaved, shared_table, text_before
 
 # Their blocks take text and picture apart, or one behind the other.
 _SUPPLIES = frozenset(NEEDS) - {"block_input"}
@@ -50,10 +50,6 @@ def _references(config: Any, inputs: Mapping[str, Any], picture: int = 0) -> tup
     return _spans(inputs, picture)[1:]
 
 
-def _flux_rotary(arguments: Mapping[str, Any]) -> Table | None:
-    return arguments.get("image_rotary_emb")
-
-
 _FLUX = Family(
     "flux",
     re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
@@ -63,7 +59,7 @@ _FLUX = Family(
     usual_text=(512, 0),
     supplies=_SUPPLIES,
     query_norms=("norm_added_q", "norm_q"),
-    rotary=_flux_rotary,
+    rotary=shared_table,
 )
 
 
@@ -77,6 +73,18 @@ def _flux2_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     return _grid(config, inputs)
 
 
+def _chroma_mask(mask: Any) -> Any:
+    """Its blocks make the mask of keys one of queries and keys, in which padding sees nothing; nobody sees padding."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask if mask is None else mask.any(2, keepdim=True)
+    raise UnsupportedError(
+        f"attention_mask is {mask.dtype}: ChromaPipeline gives numbers, which are added to the scores instead of "
+        "hiding padding. Call pipe.encode_prompt yourself, and give its embeddings and its masks as "
+        "prompt_attention_mask=mask.bool(), negative_prompt_attention_mask likewise."
+    )
+
+
+_CHROMA = replace(_FLUX, name="chroma", mask=_chroma_mask)
 _FLUX2 = replace(_FLUX, name="flux2", grid=_flux2_grid)
 # Text is image 0 there.
 _LONGCAT = replace(
@@ -138,8 +146,8 @@ _QWEN = Family(
 FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX2,
-    "ChromaTransformer2DModel": replace(_FLUX, name="chroma"),
-    "BriaTransformer2DModel": replace(_FLUX, name="bria"),
+    "ChromaTransformer2DModel": _CHROMA,
+    "BriaTransformer2DModel": replace(_FLUX, name="bria", usual_text=(128, 0)),
     "LongCatImageTransformer2DModel": _LONGCAT,
     "OvisImageTransformer2DModel": replace(_FLUX, name="ovis-image", usual_text=(256, 0)),
     "QwenImageTransformer2DModel": _QWEN,

@@ -14,7 +14,7 @@ from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, Unsuppo
 from ..contents import read_once
 from ..planner import NEEDS
 from .base import Family, Table, given
-from .image_text import interleaved, text_after, text_before, text_tokens, unturned_behind
+from .image_text import interleaved, shared_table, text_after, text_before, text_tokens, unturned_behind
 
 # Their blocks take text and picture apart.
 _APART = frozenset(NEEDS) - {"block_input"}
@@ -60,7 +60,13 @@ _COGVIEW4 = Family(
 )
 
 _HUNYUAN_DIT = Family(
-    "hunyuan-dit", re.compile(r"blocks\.\d+\.attn1"), _latents, supplies=frozenset({"seed", "block_input"})
+    "hunyuan-dit",
+    re.compile(r"blocks\.\d+\.attn1"),
+    _latents,
+    supplies=frozenset(NEEDS),
+    query_norms=("norm_q",),
+    heads_first=True,
+    rotary=shared_table,
 )
 
 _REGISTERS = 8

@@ -34,6 +34,11 @@ def text_after(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     return 0, text_tokens(inputs)
 
 
+def shared_table(arguments: Mapping[str, Any]) -> Table | None:
+    """The table as most processors get it, for all tokens of the call."""
+    return arguments.get("image_rotary_emb")
+
+
 def interleaved(turns: torch.Tensor) -> Table:
     """The table of unit complex numbers, `[tokens, head_dim / 2]`, one for each pair."""
     cos, sin = (part.float().repeat_interleave(2, -1) for part in (turns.real, turns.imag))
