@@ -78,4 +78,65 @@ HUNYUAN_CASES = {
     ),
 }
 
-VIDEO_CASES = {**WAN_CASES, **HUNYUAN_CASES}
+
+def move_packed(inputs, frame, row, column):
+    height, width = inputs.get("height"), inputs.get("width")
+    if height is None:
+        # One frame that conditions the video stands in front of it.
+        rows, columns = inputs["video_coords"][0, 1:]
+        height, width, frame = len(rows.unique()), len(columns.unique()), frame + 1
+    inputs["hidden_states"][:, (frame * height + row) * width + column] += 1
+
+
+def move_frames_first(frames_in_token=1):
+    def move(inputs, frame, row, column):
+        inputs["hidden_states"][:, frames_in_token * frame, :, 2 * row + 1, 2 * column] += 1
+
+    return move
+
+
+def move_channels_last(inputs, frame, row, column):
+    inputs["hidden_states"][:, frame, 2 * row + 1, 2 * column] += 1
+
+
+OTHER_CASES = {
+    "MochiTransformer3DModel": Case(tiny.tiny_mochi, tiny.mochi_inputs, move_wan, VIDEOS),
+    "CogVideoXTransformer3DModel": Case(tiny.tiny_cogvideox, tiny.cogvideox_inputs, move_frames_first(), VIDEOS),
+    "CogVideoXTransformer3DModel, 1.5": Case(
+        lambda: tiny.tiny_cogvideox(
+            patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False, sample_frames=17
+        ),
+        lambda *grid: tiny.cogvideox_inputs(*grid, frames_in_token=2),
+        move_frames_first(2),
+        VIDEOS,
+    ),
+    "ConsisIDTransformer3DModel": Case(
+        lambda: tiny.tiny_cogvideox("ConsisIDTransformer3DModel"),
+        tiny.cogvideox_inputs,
+        move_frames_first(),
+        VIDEOS,
+    ),
+    "EasyAnimateTransformer3DModel": Case(tiny.tiny_easyanimate, tiny.easyanimate_inputs, move_wan, VIDEOS),
+    "CosmosTransformer3DModel": Case(tiny.tiny_cosmos, tiny.cosmos_inputs, move_wan, VIDEOS),
+    "CosmosTransformer3DModel, 2.5": Case(
+        lambda: tiny.tiny_cosmos(
+            extra_pos_embed_type=None, img_context_dim_in=8, img_context_num_tokens=4, img_context_dim_out=32
+        ),
+        lambda *grid: tiny.cosmos_inputs(*grid, image=True),
+        move_wan,
+        VIDEOS,
+    ),
+    "AllegroTransformer3DModel": Case(tiny.tiny_allegro, tiny.allegro_inputs, move_wan, VIDEOS),
+    "LatteTransformer3DModel": Case(tiny.tiny_latte, tiny.video_inputs, move_wan, ((3, 3, 5), (1, 1, 2), (3, 5, 4))),
+    "LTXVideoTransformer3DModel": Case(tiny.tiny_ltx, tiny.ltx_inputs, move_packed, VIDEOS),
+    "LTXVideoTransformer3DModel, conditions": Case(
+        tiny.tiny_ltx, lambda *grid: tiny.ltx_inputs(*grid, clip=1), move_packed, VIDEOS
+    ),
+    "LTX2VideoTransformer3DModel": Case(tiny.tiny_ltx2, tiny.ltx2_inputs, move_packed, VIDEOS),
+    "LTX2VideoTransformer3DModel, keyframes": Case(
+        tiny.tiny_ltx2, lambda *grid: tiny.ltx2_inputs(*grid, keyframes=2), move_packed, VIDEOS
+    ),
+    "Kandinsky5Transformer3DModel": Case(tiny.tiny_kandinsky5, tiny.kandinsky5_inputs, move_channels_last, VIDEOS),
+}
+
+VIDEO_CASES = {**WAN_CASES, **HUNYUAN_CASES, **OTHER_CASES}

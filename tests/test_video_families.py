@@ -8,7 +8,7 @@ import torch
 from family_cases_video import wan_inputs
 
 import fastdiff
-from fastdiff_kernels import UnsupportedError
+from fastdiff_kernels import InvalidInputError, UnsupportedError
 from fastdiff_patches import families
 
 torch.set_num_threads(1)
@@ -76,3 +76,93 @@ class TestHunyuanVideo15:
         assert isinstance(model.transformer_blocks[0].attn.processor, Own)
         fastdiff.remove(model)
         assert model.transformer_blocks[0].attn.processor is own
+
+
+def test_mochi_samples_with_texts_of_unequal_length():
+    torch.manual_seed(0)
+    model, inputs = tiny.tiny_mochi(), tiny.mochi_inputs(2, 5, 4, batch=2)
+    dense = run(model, inputs)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
+    torch.testing.assert_close(run(model, inputs), dense, atol=5e-6, rtol=1e-4)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32))
+    sparse = run(model, inputs)
+    alone = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    torch.testing.assert_close(run(model, alone), sparse[:1])
+    assert not torch.allclose(sparse, dense, atol=1e-4)
+
+
+class TestLTX:
+    def spans(self, model=None, **inputs):
+        model = model or tiny.tiny_ltx()
+        return [str(span.grid or span.tokens) for span in families.family_of(model).layout(model.config, inputs).query]
+
+    def test_clips_stand_in_front_of_the_video(self):
+        inputs = tiny.ltx_inputs(4, 3, 5, clip=2)
+        assert self.spans(**inputs) == ["30", "4x3x5"]
+        clips = [tiny.video_coordinates(frames, 3, 5, start=start) for frames, start in ((2, 9), (1, 50), (4, 0))]
+        coordinates = torch.cat(clips, dim=1)[None]
+        assert self.spans(hidden_states=torch.zeros(1, 105, 4), video_coords=coordinates) == ["45", "4x3x5"]
+
+    def test_or_behind_it(self):
+        clips = [tiny.video_coordinates(4, 1, 5), tiny.video_coordinates(2, 1, 5)]
+        coordinates = torch.cat(clips, dim=1)[None]
+        assert self.spans(hidden_states=torch.zeros(1, 30, 4), video_coords=coordinates) == ["4x1x5", "10"]
+
+    def test_sizes_need_no_coordinates(self):
+        sizes = {"num_frames": 2, "height": 3, "width": 5}
+        coordinates = torch.full((1, 3, 30), torch.nan)
+        assert self.spans(hidden_states=torch.zeros(1, 30, 4), video_coords=coordinates, **sizes) == ["2x3x5"]
+
+    @pytest.mark.parametrize(
+        ("inputs", "match"),
+        [
+            ({"hidden_states": torch.zeros(1, 4, 2, 3, 5)}, "takes packed latents"),
+            ({}, "num_frames, height and width are missing and so are video_coords"),
+            ({"num_frames": 2, "height": 3, "width": 4}, "has 30 tokens, and its sizes or coordinates tell 24"),
+            ({"video_coords": tiny.video_coordinates(2, 3, 4)[None]}, "has 30 tokens, .* tell 24"),
+            ({"video_coords": tiny.video_coordinates(2, 3, 5).flip(1)[None]}, "are no frames of equal size"),
+            ({"video_coords": tiny.video_coordinates(2, 3, 5)[None, :, :-1]}, "are no frames of equal size"),
+        ],
+        ids=["unpacked", "no sizes", "sizes", "coordinates", "order", "torn"],
+    )
+    def test_what_says_no_grid_is_refused(self, inputs, match):
+        with pytest.raises(InvalidInputError, match=match):
+            self.spans(**{"hidden_states": torch.zeros(1, 30, 4)} | inputs)
+
+    def test_ltx2_takes_its_sizes(self):
+        with pytest.raises(InvalidInputError, match="num_frames, height or width is missing"):
+            self.spans(tiny.tiny_ltx2(), hidden_states=torch.zeros(1, 30, 4), num_frames=2)
+
+    def test_a_mask_of_the_video_is_refused(self):
+        """Those of LTX-2's in-context LoRA differ by query."""
+        model, inputs = tiny.tiny_ltx2(), tiny.ltx2_inputs(2, 3, 5, keyframes=1)
+        fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, 2, 2), block_size=32))
+        with pytest.raises(UnsupportedError, match="the attention mask is torch.float32"):
+            run(model, inputs | {"video_self_attention_mask": torch.ones(1, 45, 45)})
+
+
+def test_kandinsky_that_is_sparse_already_is_refused():
+    model, inputs = tiny.tiny_kandinsky5(), tiny.kandinsky5_inputs(2, 3, 5)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, 2, 2), block_size=32))
+    with pytest.raises(UnsupportedError, match="is sparse already"):
+        model(**inputs, sparse_params={"P": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (tiny.tiny_cogvideox, r"hidden_states is of shape \(1, 4\); .*\[batch, frames, channels, height, width\]"),
+        (tiny.tiny_kandinsky5, r"hidden_states is of shape \(1, 4\); .*\[batch, frames, height, width, channels\]"),
+        (tiny.tiny_hunyuan_video, r"hidden_states is of shape \(1, 4\); .*\[batch, channels, frames, height, width\]"),
+    ],
+)
+def test_latents_that_are_no_video_are_refused(build, match):
+    model = build()
+    with pytest.raises(InvalidInputError, match=match):
+        families.family_of(model).layout(model.config, {"hidden_states": torch.zeros(1, 4)})
+
+
+def test_text_that_is_missing_is_refused():
+    model = tiny.tiny_cogvideox()
+    with pytest.raises(InvalidInputError, match="encoder_hidden_states is missing; the text stands in the same"):
+        families.family_of(model).layout(model.config, {"hidden_states": torch.zeros(1, 3, 4, 6, 10)})

@@ -169,3 +169,263 @@ def hunyuan_video15_inputs(*grid: int, image: bool = True, text: int = 8, batch:
         "image_embeds": noise(batch, 4, 8, seed=3) * image,
         "return_dict": False,
     }
+
+
+def tiny_mochi() -> nn.Module:
+    return build(
+        "MochiTransformer3DModel",
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=32,
+        time_embed_dim=16,
+        max_sequence_length=8,
+    )
+
+
+def mochi_inputs(*grid: int, batch: int = 1) -> dict[str, Any]:
+    """8 tokens of text, of which 5 are no padding in the first sample, 6 in the second."""
+    return {
+        "hidden_states": latents(grid).expand(batch, -1, -1, -1, -1),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": noise(batch, 8, 32, seed=1),
+        "encoder_attention_mask": torch.arange(8) < torch.arange(5, 5 + batch)[:, None],
+        "return_dict": False,
+    }
+
+
+def tiny_cogvideox(name: str = "CogVideoXTransformer3DModel", **config: Any) -> nn.Module:
+    """CogVideoX 1.0 of 2 billion parameters; `patch_size_t=2` and RoPE make it 1.5."""
+    return build(
+        name,
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 32,
+            "num_layers": 2,
+            "sample_width": 10,
+            "sample_height": 6,
+            "sample_frames": 9,
+            "patch_size": 2,
+            "max_text_seq_length": 8,
+        }
+        | config,
+    )
+
+
+def cogvideox_inputs(frames: int, height: int, width: int, frames_in_token: int = 1) -> dict[str, Any]:
+    """Frames come before channels; with 2 frames in a token there is a table of RoPE too."""
+    inputs = {"hidden_states": noise(1, frames * frames_in_token, 4, 2 * height, 2 * width), **common()}
+    if frames_in_token == 1:
+        return inputs
+    angle = noise(frames * height * width, 8, seed=4).repeat_interleave(2, dim=1)
+    return inputs | {"image_rotary_emb": (angle.cos(), angle.sin())}
+
+
+def tiny_easyanimate(**config: Any) -> nn.Module:
+    return build(
+        "EasyAnimateTransformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        time_embed_dim=8,
+        text_embed_dim=32,
+        text_embed_dim_t5=8,
+        num_layers=2,
+        mmdit_layers=1,
+    )
+
+
+def easyanimate_inputs(*grid: int) -> dict[str, Any]:
+    return {"hidden_states": latents(grid), "encoder_hidden_states_t5": noise(1, 3, 8, seed=2), **common()}
+
+
+def tiny_cosmos(**config: Any) -> nn.Module:
+    """Cosmos 1.0; `img_context_dim_in=8, img_context_dim_out=32` makes it Predict 2.5."""
+    return build(
+        "CosmosTransformer3DModel",
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 2,
+            "text_embed_dim": 32,
+            "adaln_lora_dim": 4,
+            "max_size": (4, 24, 24),
+            "concat_padding_mask": False,
+        }
+        | config,
+    )
+
+
+def cosmos_inputs(*grid: int, image: bool = False) -> dict[str, Any]:
+    inputs = {"hidden_states": latents(grid), **common()}
+    if image:
+        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"], noise(1, 4, 8, seed=2)
+    return inputs
+
+
+def tiny_allegro() -> nn.Module:
+    return build(
+        "AllegroTransformer3DModel",
+        patch_size=2,
+        patch_size_t=1,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=48,
+        sample_height=6,
+        sample_width=10,
+        sample_frames=3,
+        caption_channels=32,
+    )
+
+
+def allegro_inputs(*grid: int) -> dict[str, Any]:
+    axes = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    positions = tuple(axis.reshape(1, -1) for axis in axes)
+    angles = [torch.outer(torch.arange(size + 1.0), torch.tensor([1.0, 0.5, 0.1, 0.01])) for size in grid]
+    tables = tuple(tuple(turn(angle).repeat(1, 2) for turn in (torch.cos, torch.sin)) for angle in angles)
+    return {"hidden_states": latents(grid), "image_rotary_emb": (tables, positions), **common()}
+
+
+def tiny_latte(frames: int = 3) -> nn.Module:
+    """Its temporal blocks, which mix the frames of one place, add nothing."""
+    model = build(
+        "LatteTransformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=32,
+        sample_size=8,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=32,
+        video_length=frames,
+    )
+    for block in model.temporal_transformer_blocks:
+        for parameter in block.attn1.to_out.parameters():
+            parameter.data.zero_()
+    return model
+
+
+def video_inputs(*grid: int) -> dict[str, Any]:
+    return {"hidden_states": latents(grid), **common()}
+
+
+def tiny_ltx() -> nn.Module:
+    return build(
+        "LTXVideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+    )
+
+
+def ltx_inputs(frames: int, height: int, width: int, clip: int = 0) -> dict[str, Any]:
+    """`clip` frames that condition the video, from its frame 5 on, stand in front; then coordinates tell the grid."""
+    inputs = {
+        "hidden_states": noise(1, (clip + frames) * height * width, 4),
+        "encoder_attention_mask": torch.ones(1, 8),
+        **common(),
+    }
+    if not clip:
+        return inputs | {"num_frames": frames, "height": height, "width": width}
+    clips = [video_coordinates(clip, height, width, start=5), video_coordinates(frames, height, width)]
+    return inputs | {"video_coords": torch.cat(clips, dim=1)[None]}
+
+
+def video_coordinates(frames: int, height: int, width: int, start: int = 0) -> torch.Tensor:
+    """(time in seconds, row, column) as LTX pipelines make them, `[3, tokens]`."""
+    axes = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    time, row, column = (axis.reshape(-1).float() for axis in axes)
+    return torch.stack([((8 * time - 7).clamp(min=0) + start) / 25, 32 * row, 32 * column])
+
+
+def tiny_ltx2() -> nn.Module:
+    return build(
+        "LTX2VideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=32,
+    )
+
+
+def ltx2_inputs(frames: int, height: int, width: int, keyframes: int = 0) -> dict[str, Any]:
+    """`keyframes` frames stand behind the video."""
+    tokens, more = frames * height * width, keyframes * height * width
+    inputs = {
+        "hidden_states": noise(1, tokens + more, 4),
+        "audio_hidden_states": noise(1, 5, 4, seed=2),
+        "audio_encoder_hidden_states": noise(1, 8, 32, seed=3),
+        "audio_num_frames": 5,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        **common(),
+    }
+    if keyframes:
+        clips = [video_coordinates(frames, height, width), video_coordinates(keyframes, height, width, start=9)]
+        inputs["video_coords"] = torch.stack([torch.cat(clips, dim=1)[None]] * 2, dim=-1)
+    return inputs
+
+
+def tiny_kandinsky5() -> nn.Module:
+    model = build(
+        "Kandinsky5Transformer3DModel",
+        in_visual_dim=4,
+        in_text_dim=32,
+        in_text_dim2=8,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+    )
+    # An untrained one has gates of zero.
+    for name, part in model.named_modules():
+        if name.endswith("modulation.out_layer"):
+            nn.init.normal_(part.weight, std=0.1)
+    return model
+
+
+def kandinsky5_inputs(frames: int, height: int, width: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, frames, 2 * height, 2 * width, 4),
+        "pooled_projections": noise(1, 8, seed=2),
+        "visual_rope_pos": [torch.arange(size) for size in (frames, height, width)],
+        "text_rope_pos": torch.arange(8),
+        **common(),
+        "timestep": torch.tensor([500.0]),
+    }

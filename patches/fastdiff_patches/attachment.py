@@ -183,7 +183,7 @@ class Attachment:
                 layer, place = binding.layer, places[binding.name]
                 dense = place.coarse is not None or self.schedule.is_dense(step, steps, layer.index, self.total)
                 plan = None if dense else self.plan(layer, place.layout, step, steps, latents.device)
-                layer.prepare(plan, self.seed, place.layout.query_tokens if self.family.by_length else None)
+                layer.prepare(plan, self.seed, place.layout.query_tokens)
 
     def places(self, config: Any, layout: TokenLayout) -> dict[str, Place]:
         """Where each layer stands in a forward of the model's layout, by name.

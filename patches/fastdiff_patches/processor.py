@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastdiff_kernels import InvalidInputError, UnsupportedError
 
@@ -29,7 +30,7 @@ class Layer:
         name: Name of the attention module.
         ready: Whether the pre-hook has prepared this layer for the running forward.
         active: Whether the running forward is sparse here.
-        tokens: How many tokens the calls have that are meant, None for all calls of self-attention.
+        tokens: How many tokens the layout has here.
         stray: How many tokens the last call had instead, None if it was meant.
         plan: What to compute when it is.
         needs: What the planner needs, see `NEEDS`.
@@ -54,7 +55,7 @@ class Layer:
         self.plan: Plan | None = None
         self.seed: torch.Tensor | None = None
         self.block_input: torch.Tensor | None = None
-        self.tokens: int | None = None
+        self.tokens = 0
         self.stray: int | None = None
         self.ready = self.active = False
         self.reached = self.warned = False
@@ -69,7 +70,7 @@ class Layer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plan": None, "block_input": None, "ready": False, "active": False}
 
-    def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, tokens: int | None = None) -> None:
+    def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, tokens: int = 0) -> None:
         """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
         self.plan, self.active, self.ready, self.seed, self.tokens = plan, plan is not None, True, seed, tokens
 
@@ -85,7 +86,7 @@ class Layer:
                 "made for a different model. Set the processors that fastdiff.processors(...) made for this model, or "
                 "call fastdiff.apply."
             )
-        if not self.active or self.tokens is None:
+        if not self.active or self.family is None or not self.family.by_length:
             return self.active and queries == keys
         meant = queries == keys == self.tokens
         if not meant and not torch.compiler.is_compiling() and not self.reached:
@@ -181,7 +182,15 @@ class Layer:
         if "pre_rope_query" in self.needs:
             inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
         mask = mask if self.family is None else self.family.mask(mask)
-        return self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, _key_mask(mask, key)))
+        queries, key_mask = query.shape[1], _key_mask(mask, key)
+        if self.family is not None and self.family.text_varies and queries < self.tokens:
+            # The plan is that of the longest text there may be.
+            missing = self.tokens - queries
+            query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
+            seen = torch.ones_like(key[..., 0, 0], dtype=torch.bool) if key_mask is None else key_mask
+            key_mask = F.pad(seen[:, :queries], (0, missing))
+        out = self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, key_mask))
+        return out[:, :queries]
 
     def _query_before_rope(self, query: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         norms = self.family.query_norms

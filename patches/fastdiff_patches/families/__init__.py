@@ -15,12 +15,14 @@ from torch import nn
 
 from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
 
-from . import image, image_latents, unet, video
+from . import image, image_latents, unet, video, video_text
 from .base import Family
 
 __all__ = ["FAMILIES", "Family", "family_of", "find_family"]
 
-FAMILIES: dict[str, Family] = {**video.FAMILIES, **image.FAMILIES, **image_latents.FAMILIES, **unet.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    name: family for file in (video, video_text, image, image_latents, unet) for name, family in file.FAMILIES.items()
+}
 # Their self-attention is linear and has no scores that could be left out.
 LINEAR = frozenset({"SanaTransformer2DModel", "SanaVideoTransformer3DModel"})
 

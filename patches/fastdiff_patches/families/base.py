@@ -54,6 +54,7 @@ class Family:
         grid: (model config, forward arguments by name) -> the token grid. Reads shapes; contents only where the
             shapes do not tell, and then once for each tensor, since that waits for the device. None with `whole`.
         text: (model config, forward arguments by name) -> text tokens (before, after) the grid in the sequence.
+        text_varies: Whether a call has only the text that is no padding, behind the grid, and the layout all of it.
         references: (model config, forward arguments by name) -> spans of reference images behind the grid.
         at: (model config, layout of the model, name of a module) -> the layout in that module.
         usual_text: Text tokens (before, after) in a pipeline's default call, for forecasts before a run.
@@ -77,6 +78,7 @@ class Family:
     modules: re.Pattern[str]
     grid: Callable[[Any, Mapping[str, Any]], Grid] | None
     text: Callable[[Any, Mapping[str, Any]], tuple[int, int]] = _no_text
+    text_varies: bool = False
     references: Callable[[Any, Mapping[str, Any]], tuple[Span, ...]] = _no_references
     at: Callable[[Any, TokenLayout, str], TokenLayout] = _same_layout
     usual_text: tuple[int, int] = (0, 0)

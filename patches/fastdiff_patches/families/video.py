@@ -1,4 +1,4 @@
-"""Video transformers."""
+"""Video transformers whose self-attention sees the video alone."""
 
 from __future__ import annotations
 
@@ -7,29 +7,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from torch import nn
 
 from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
 
-from ..contents import read_once
 from ..planner import NEEDS
+from ..video_coords import video_spans
 from .base import Family, Table, given
 
-# Lengths of text are rounded up to a multiple, so that not every prompt has a plan of its own.
-_TEXT_STEP = 64
 
-
-def _video(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def video_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     video = inputs.get("hidden_states")
     if video is None or video.ndim != 5:
         raise InvalidInputError(
             f"hidden_states is {given(video)}; the grid is read from latents [batch, channels, frames, height, width]."
         )
-    return Grid(*(size // patch for size, patch in zip(video.shape[2:], _patches(config), strict=True)))
+    return Grid(*(size // patch for size, patch in zip(video.shape[2:], patches(config), strict=True)))
 
 
-def _patches(config: Any) -> tuple[int, int, int]:
+def patches(config: Any) -> tuple[int, int, int]:
     """Latent frames, rows and columns in a token."""
     if isinstance(config.patch_size, int):
         return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
@@ -44,7 +40,7 @@ def _wan_rotary(arguments: Mapping[str, Any]) -> Table | None:
 _WAN = Family(
     "wan",
     re.compile(r"blocks\.\d+\.attn1"),
-    _video,
+    video_grid,
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
     rotary=_wan_rotary,
@@ -65,94 +61,111 @@ def _skyreels(config: Any, inputs: Mapping[str, Any]) -> Grid:
             "which sparse attention does not follow. Run it synchronously (causal_block_size=1), or call "
             "fastdiff.remove(pipe)."
         )
-    return _video(config, inputs)
+    return video_grid(config, inputs)
 
 
-def _text(inputs: Mapping[str, Any], name: str = "encoder_hidden_states") -> int:
-    text = inputs.get(name)
-    if text is None or text.ndim != 3:
+_COSMOS = Family(
+    "cosmos",
+    re.compile(r"transformer_blocks\.\d+\.attn1"),
+    video_grid,
+    # Their RoPE turns halves of the channels and no pairs of neighbours.
+    supplies=frozenset({"block_input", "seed"}),
+)
+
+
+def _frame(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
+    return TokenLayout.self_attention(Grid(1, layout.grid.height, layout.grid.width))
+
+
+# Its temporal blocks attend over the frames of one place, which costs next to nothing, and stay dense.
+_LATTE = replace(_COSMOS, name="latte", at=_frame, supplies=frozenset(NEEDS))
+
+
+def _packed(inputs: Mapping[str, Any]) -> int:
+    packed = inputs.get("hidden_states")
+    if packed is None or packed.ndim != 3:
         raise InvalidInputError(
-            f"{name} is {given(text)}; the text stands in the same sequence as the video, [batch, tokens, channels]."
+            f"hidden_states is {given(packed)}; this model takes packed latents [batch, tokens, channels]."
         )
-    return text.shape[1]
+    return packed.shape[1]
 
 
-def _text_behind(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    return 0, _text(inputs)
-
-
-def _rotary_before_text(arguments: Mapping[str, Any]) -> Table | None:
-    """The table of the video, and behind it that of text which is not turned."""
-    table, text = arguments.get("image_rotary_emb"), arguments.get("encoder_hidden_states")
-    if table is None:
+def _sizes(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
+    sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+    if None in sizes:
         return None
-    behind = 0 if text is None else text.shape[1]
-    return tuple(F.pad(part, (0, 0, 0, behind), value=still) for part, still in zip(table, (1.0, 0.0), strict=True))
+    return Grid(*(size // step for size, step in zip(sizes, patches(config), strict=True)))
 
 
-_HUNYUAN = Family(
-    "hunyuan-video",
-    re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
-    _video,
-    text=_text_behind,
-    usual_text=(0, 256),
-    # Its blocks take text and video apart.
-    supplies=frozenset(NEEDS) - {"block_input"},
-    query_norms=("norm_q", "norm_added_q"),
-    rotary=_rotary_before_text,
+def _ltx(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    """The sizes tell, or where clips condition the video the coordinates."""
+    tokens, grid, coordinates = _packed(inputs), _sizes(config, inputs), inputs.get("video_coords")
+    if grid is not None and (grid.tokens == tokens or coordinates is None):
+        spans = (Span("grid", grid.tokens, grid),)
+    elif coordinates is not None:
+        spans = video_spans(coordinates)
+    else:
+        raise InvalidInputError(
+            "num_frames, height and width are missing and so are video_coords; the grid is read from either."
+        )
+    return _checked(spans, tokens)
+
+
+def _ltx2(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    """Keyframes and references stand behind the video."""
+    tokens, grid = _packed(inputs), _sizes(config, inputs)
+    if grid is None:
+        raise InvalidInputError("num_frames, height or width is missing; the grid is read from these latent sizes.")
+    behind = tokens - grid.tokens
+    spans = (Span("grid", grid.tokens, grid), *((Span("reference", behind),) if behind > 0 else ()))
+    return _checked(spans, tokens)
+
+
+def _checked(spans: tuple[Span, ...], tokens: int) -> TokenLayout:
+    layout = TokenLayout(spans, spans)
+    if layout.query_tokens != tokens:
+        raise InvalidInputError(
+            f"hidden_states has {tokens} tokens, and its sizes or coordinates tell {layout.query_tokens}."
+        )
+    return layout
+
+
+_LTX = Family(
+    "ltx",
+    re.compile(r"transformer_blocks\.\d+\.attn1"),
+    None,
+    whole=_ltx,
+    # Each head has RoPE of its own.
+    supplies=frozenset(NEEDS) - {"rotary"},
+    query_norms=("norm_q",),
 )
 
 
-def _hunyuan15(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
-    """Most slots for text are padding, which stands behind all text in each sample and nobody sees."""
-    grid = _video(config, inputs)
-    names = "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"
-    slots = [_text(inputs, name) for name in names]
-    lengths = (read_once(inputs[name], _valid) for name in ("encoder_attention_mask", "encoder_attention_mask_2"))
-    # An image of zeros stands for none.
-    seen = max(map(sum, zip(*lengths, strict=True))) + (slots[2] if read_once(inputs[names[2]], _any) else 0)
-    text = min(-(-seen // _TEXT_STEP) * _TEXT_STEP, sum(slots))
-    behind = (("text", text), ("pad", sum(slots) - text))
-    spans = (Span("grid", grid.tokens, grid), *(Span(kind, tokens) for kind, tokens in behind if tokens))
-    return TokenLayout(spans, spans)
+def _kandinsky5(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    if inputs.get("sparse_params") is not None:
+        raise UnsupportedError(
+            "this Kandinsky 5 is sparse already (attention_type is 'nabla'), with its tokens in another order. Take a "
+            "checkpoint that is not, or call fastdiff.remove(pipe)."
+        )
+    video = inputs.get("hidden_states")
+    if video is None or video.ndim != 5:
+        raise InvalidInputError(
+            f"hidden_states is {given(video)}; the grid is read from latents [batch, frames, height, width, channels]."
+        )
+    return Grid(*(size // step for size, step in zip(video.shape[1:4], patches(config), strict=True)))
 
 
-def _valid(mask: torch.Tensor) -> list[int]:
-    return mask.bool().sum(1).tolist()
+def _kandinsky5_heads(attention: nn.Module) -> tuple[int, int]:
+    return attention.num_heads, attention.to_query.out_features // attention.num_heads
 
 
-def _any(tensor: torch.Tensor) -> bool:
-    return bool(tensor.any())
-
-
-def _hunyuan15_processor(processor: Any) -> Any:
-    from ..hunyuan_video15 import masks_keys
-
-    return masks_keys(processor)
-
-
-_HUNYUAN15 = replace(
-    _HUNYUAN,
-    name="hunyuan-video-1.5",
-    modules=re.compile(r"transformer_blocks\.\d+\.attn"),
-    whole=_hunyuan15,
-    processor=_hunyuan15_processor,
+_KANDINSKY5 = Family(
+    "kandinsky-5",
+    re.compile(r"visual_transformer_blocks\.\d+\.self_attention"),
+    _kandinsky5,
+    heads=_kandinsky5_heads,
+    supplies=frozenset({"block_input", "seed"}),
 )
-
-
-def _motif_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    image = inputs.get("image_embeds")
-    return 0, _text(inputs) + (0 if image is None else image.shape[1])
-
-
-def _motif_block(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
-    part, index, _ = name.split(".")
-    if part != "single_transformer_blocks" or int(index) < config.num_single_layers - config.num_decoder_layers:
-        return layout
-    # The last blocks have what the ones before have made of the video in the place of the text.
-    grid = layout.query[0]
-    spans = (grid, Span("reference", grid.tokens, grid.grid))
-    return TokenLayout(spans, spans)
 
 
 FAMILIES: dict[str, Family] = {
@@ -161,7 +174,10 @@ FAMILIES: dict[str, Family] = {
     "WanAnimateTransformer3DModel": _WAN,
     "ChronoEditTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": replace(_WAN, name="skyreels-v2", grid=_skyreels),
-    "HunyuanVideoTransformer3DModel": _HUNYUAN,
-    "HunyuanVideo15Transformer3DModel": _HUNYUAN15,
-    "MotifVideoTransformer3DModel": replace(_HUNYUAN, name="motif-video", text=_motif_text, at=_motif_block),
+    "CosmosTransformer3DModel": _COSMOS,
+    "AllegroTransformer3DModel": replace(_COSMOS, name="allegro"),
+    "LatteTransformer3DModel": _LATTE,
+    "LTXVideoTransformer3DModel": _LTX,
+    "LTX2VideoTransformer3DModel": replace(_LTX, name="ltx-2", whole=_ltx2),
+    "Kandinsky5Transformer3DModel": _KANDINSKY5,
 }

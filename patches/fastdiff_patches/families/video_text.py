@@ -1,0 +1,164 @@
+"""Video transformers whose self-attention sees text in the same sequence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout
+
+from ..contents import read_once
+from ..planner import NEEDS
+from .base import Family, Table, given
+from .video import patches, video_grid
+
+# Lengths of text are rounded up to a multiple, so that not every prompt has a plan of its own.
+_TEXT_STEP = 64
+
+
+def _text(inputs: Mapping[str, Any], name: str = "encoder_hidden_states") -> int:
+    text = inputs.get(name)
+    if text is None or text.ndim != 3:
+        raise InvalidInputError(
+            f"{name} is {given(text)}; the text stands in the same sequence as the video, [batch, tokens, channels]."
+        )
+    return text.shape[1]
+
+
+def _text_behind(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    return 0, _text(inputs)
+
+
+def _rotary_before_text(arguments: Mapping[str, Any]) -> Table | None:
+    """The table of the video, and behind it that of text which is not turned."""
+    table, text = arguments.get("image_rotary_emb"), arguments.get("encoder_hidden_states")
+    if table is None:
+        return None
+    behind = 0 if text is None else text.shape[1]
+    return tuple(F.pad(part, (0, 0, 0, behind), value=still) for part, still in zip(table, (1.0, 0.0), strict=True))
+
+
+_HUNYUAN = Family(
+    "hunyuan-video",
+    re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
+    video_grid,
+    text=_text_behind,
+    usual_text=(0, 256),
+    # Its blocks take text and video apart.
+    supplies=frozenset(NEEDS) - {"block_input"},
+    query_norms=("norm_q", "norm_added_q"),
+    rotary=_rotary_before_text,
+)
+
+
+def _hunyuan15(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    """Most slots for text are padding, which stands behind all text in each sample and nobody sees."""
+    grid = video_grid(config, inputs)
+    names = "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"
+    slots = [_text(inputs, name) for name in names]
+    lengths = (read_once(inputs[name], _valid) for name in ("encoder_attention_mask", "encoder_attention_mask_2"))
+    # An image of zeros stands for none.
+    seen = max(map(sum, zip(*lengths, strict=True))) + (slots[2] if read_once(inputs[names[2]], _any) else 0)
+    text = min(-(-seen // _TEXT_STEP) * _TEXT_STEP, sum(slots))
+    behind = (("text", text), ("pad", sum(slots) - text))
+    spans = (Span("grid", grid.tokens, grid), *(Span(kind, tokens) for kind, tokens in behind if tokens))
+    return TokenLayout(spans, spans)
+
+
+def _valid(mask: torch.Tensor) -> list[int]:
+    return mask.bool().sum(1).tolist()
+
+
+def _any(tensor: torch.Tensor) -> bool:
+    return bool(tensor.any())
+
+
+def _hunyuan15_processor(processor: Any) -> Any:
+    from ..hunyuan_video15 import masks_keys
+
+    return masks_keys(processor)
+
+
+_HUNYUAN15 = replace(
+    _HUNYUAN,
+    name="hunyuan-video-1.5",
+    modules=re.compile(r"transformer_blocks\.\d+\.attn"),
+    whole=_hunyuan15,
+    processor=_hunyuan15_processor,
+)
+
+
+_MOCHI = Family(
+    "mochi",
+    re.compile(r"transformer_blocks\.\d+\.attn1"),
+    video_grid,
+    text=_text_behind,
+    # Its processor takes one sample after the other, and of each the text that is no padding.
+    text_varies=True,
+    usual_text=(0, 256),
+    supplies=frozenset({"seed"}),
+)
+
+
+def _motif_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    image = inputs.get("image_embeds")
+    return 0, _text(inputs) + (0 if image is None else image.shape[1])
+
+
+def _motif_block(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
+    part, index, _ = name.split(".")
+    if part != "single_transformer_blocks" or int(index) < config.num_single_layers - config.num_decoder_layers:
+        return layout
+    # The last blocks have what the ones before have made of the video in the place of the text.
+    grid = layout.query[0]
+    spans = (grid, Span("reference", grid.tokens, grid.grid))
+    return TokenLayout(spans, spans)
+
+
+def _cogvideox(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    video = inputs.get("hidden_states")
+    if video is None or video.ndim != 5:
+        raise InvalidInputError(
+            f"hidden_states is {given(video)}; the grid is read from latents [batch, frames, channels, height, width]."
+        )
+    time, *patch = patches(config)
+    return Grid(-(-video.shape[1] // time), *(size // step for size, step in zip(video.shape[3:], patch, strict=True)))
+
+
+def _text_in_front(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    return _text(inputs), 0
+
+
+_COGVIDEOX = Family(
+    "cogvideox",
+    re.compile(r"transformer_blocks\.\d+\.attn1"),
+    _cogvideox,
+    text=_text_in_front,
+    usual_text=(226, 0),
+    # RoPE overwrites the query.
+    supplies=frozenset({"seed"}),
+)
+
+
+def _easyanimate_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    more = "encoder_hidden_states_t5"
+    return _text(inputs) + (_text(inputs, more) if inputs.get(more) is not None else 0), 0
+
+
+_EASYANIMATE = replace(_COGVIDEOX, name="easyanimate", grid=video_grid, text=_easyanimate_text, usual_text=(0, 0))
+
+
+FAMILIES: dict[str, Family] = {
+    "HunyuanVideoTransformer3DModel": _HUNYUAN,
+    "HunyuanVideo15Transformer3DModel": _HUNYUAN15,
+    "MochiTransformer3DModel": _MOCHI,
+    "MotifVideoTransformer3DModel": replace(_HUNYUAN, name="motif-video", text=_motif_text, at=_motif_block),
+    "CogVideoXTransformer3DModel": _COGVIDEOX,
+    "ConsisIDTransformer3DModel": replace(_COGVIDEOX, name="consisid"),
+    "EasyAnimateTransformer3DModel": _EASYANIMATE,
+}
