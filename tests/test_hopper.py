@@ -34,7 +34,7 @@ print(built.metadata.shared)
 """
 
 
-@pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (64, 4)])
+@pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (128, 3), (64, 6)])
 def test_it_compiles_and_fits_shared_memory(head_dim, rule, tmp_path):
     pytest.importorskip("triton")
     (found,) = shared_memory(COMPILE, [str(head_dim), str(rule)], tmp_path)

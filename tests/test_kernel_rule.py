@@ -4,6 +4,7 @@ import pytest
 import torch
 from plans import box_rule, random_bits_plan
 
+from fastdiff.methods import ClearConfig
 from fastdiff_kernels import (
     BlockPlan,
     Grid,
@@ -18,7 +19,7 @@ from fastdiff_kernels import (
     snake_order,
     visibility_bits,
 )
-from fastdiff_kernels.kernel_rule import DISC
+from fastdiff_kernels.kernel_rule import BALL, DISC, MIXED_BITS, whole_ball
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PICTURE, VIDEO = Grid(1, 9, 7), Grid(3, 5, 4)
@@ -52,10 +53,23 @@ def disc(a: int = 1, b: int = 1, limit: int = 9) -> Rule:
         (plan_of(with_reference(VIDEO), box_rule(VIDEO, (1, 1, 1))), RuleKind.BOX),
         (plan_of(pooled(PICTURE, 3), box_rule(PICTURE)), RuleKind.BOX),
         (plan_of(with_reference(VIDEO), Rule.metric(torch.tensor([400] * 3))), RuleKind.BOX),
-        (plan_of(TokenLayout.self_attention(VIDEO), Rule.metric(torch.tensor([9, 4, -1]))), RuleKind.METRIC),
+        (plan_of(pooled(VIDEO, 5), Rule.metric(torch.tensor([9, 4, -1]), a=2)), BALL),
+        (plan_of(with_reference(VIDEO), ClearConfig((2.3, 3.1, 4.7)).rule(VIDEO)), BALL),
+        (plan_of(TokenLayout.self_attention(VIDEO), Rule.metric(torch.tensor([9, 8, -1]))), RuleKind.METRIC),
         (plan_of(TokenLayout.self_attention(PICTURE), Rule.metric(torch.tensor([9]), sink_frames=1)), RuleKind.BOX),
     ],
-    ids=["disc, pooled", "disc, reference", "empty disc", "box", "box, pooled", "whole", "metric", "sink"],
+    ids=[
+        "disc, pooled",
+        "disc, reference",
+        "empty disc",
+        "box",
+        "box, pooled",
+        "whole",
+        "ball",
+        "ellipsoid",
+        "metric",
+        "sink",
+    ],
 )
 def test_it_computes_the_same_pairs(plan, kind, poison):
     plan = plan.to(DEVICE)
@@ -79,6 +93,12 @@ def test_blocks_of_several_spans_keep_their_tables():
     with pytest.raises(UnsupportedError, match="several spans"):
         _ = BlockPlan.from_states(*sides, state, box_rule(layout.grid)).kernel_rule
     assert random_bits_plan(75, 41, heads=2)[0].kernel_rule.kind == RuleKind.BITS
+    bits = torch.randint(0, 16, state.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    plan = BlockPlan.from_states(*sides, state, Rule.bits(8, 8, 2), bits).to(DEVICE)
+    assert plan.kernel_rule.kind == MIXED_BITS
+    q, k, v = (torch.randn(1, plan.key_tokens, 1, 16, device=DEVICE) for _ in range(3))
+    out = attention(q, k, v, plan, backend="triton")
+    torch.testing.assert_close(out, attention(q, k, v, plan, backend="reference"), atol=1e-5, rtol=1e-4)
 
 
 def test_large_grids_fit_and_too_large_ones_are_refused():
@@ -99,3 +119,16 @@ def test_large_grids_fit_and_too_large_ones_are_refused():
     too_long.rule.parameters[-1] = 2**29
     with pytest.raises(UnsupportedError, match="larger than"):
         _ = too_long.kernel_rule
+
+
+@pytest.mark.parametrize("radius", [3.0, (2.0, 6.0, 6.0), (4.5, 9.0, 12.0), (1.1, 7.3, 7.3), (20.0, 3.5, 5.0)], ids=str)
+def test_an_ellipsoid_becomes_one_inequality_of_whole_numbers(radius):
+    grid = Grid(9, 24, 31)
+    rule = ClearConfig(radius).rule(grid)
+    found = whole_ball(rule, (grid.frames - 1, grid.height - 1, grid.width - 1))
+    assert found is not None
+    a, b, c, r = found
+    dt, dy, dx = torch.meshgrid(*(torch.arange(n) for n in (grid.frames, grid.height, grid.width)), indexing="ij")
+    true_a, true_b = rule.parameters[:2].tolist()
+    inside = true_a * dy**2 + true_b * dx**2 < rule.limits()[dt]
+    assert torch.equal(a * dy**2 + b * dx**2 + c * dt**2 < r, inside)

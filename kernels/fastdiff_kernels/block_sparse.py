@@ -17,14 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernel_rule import BOX_PARAMETERS, DISC
+from .kernel_rule import BOX_PARAMETERS, DISC, MIXED_BITS
 from .plan import BlockPlan
 from .rule import METRIC_HEADER, RuleKind
 from .tuning import forward_tile, shared_memory_of
 
 # Triton captures module globals as compile-time constants only in this type.
 _METRIC, _BOX, BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
-_DISC, _METRIC_HEADER, _BOX_PARAMETERS = tl.constexpr(DISC), tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_PARAMETERS)
+_DISC, _MIXED_BITS = tl.constexpr(DISC), tl.constexpr(MIXED_BITS)
+_METRIC_HEADER, _BOX_PARAMETERS = tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_PARAMETERS)
 _LN2 = tl.constexpr(math.log(2))
 
 
@@ -36,6 +37,13 @@ def _of_queries(x, KEYS_FIRST: tl.constexpr):
 @triton.jit
 def _of_keys(x, KEYS_FIRST: tl.constexpr):
     return x[:, None] if KEYS_FIRST else x[None, :]
+
+
+@triton.jit
+def word_of(bits, entry, RULE: tl.constexpr):
+    """The bitmap of a partial entry; 0 for rules without."""
+    has_word: tl.constexpr = (RULE == BITS) | (RULE == _MIXED_BITS)
+    return tl.load(bits + entry) if has_word else 0
 
 
 @triton.jit
@@ -54,17 +62,24 @@ def pairs_seen(
         last = _of_queries(tl.where(sees_all, tl.load(rule + 1), tl.load(q_table + q_slots * 3 + 1)), KEYS_FIRST)
         key = _of_keys(tl.load(k_table + k_slots), KEYS_FIRST)
         return ((key - first) & (last - key) & guards) == guards
-    elif RULE == _DISC:
-        sees_all = (tl.load(q_table + q_slots * 4 + 3) & tl.load(rule + block)) != 0
-        y = tl.where(sees_all, 0.0, tl.load(q_table + q_slots * 4).to(tl.float32, bitcast=True))
-        x = tl.where(sees_all, 0.0, tl.load(q_table + q_slots * 4 + 1).to(tl.float32, bitcast=True))
+    elif RULE >= _DISC:
+        axes: tl.constexpr = RULE - _DISC + 2
+        q_table += q_slots * (axes + 2)
+        k_table += k_slots * (axes + 1)
+        sees_all = (tl.load(q_table + axes + 1) & tl.load(rule + block)) != 0
         # Between any place on the grid and padding.
-        limit = tl.where(sees_all, 1e20, tl.load(q_table + q_slots * 4 + 2).to(tl.float32, bitcast=True))
-        norm = _of_keys(tl.load(k_table + k_slots * 3).to(tl.float32, bitcast=True), KEYS_FIRST)
-        k_y = _of_keys(tl.load(k_table + k_slots * 3 + 1).to(tl.float32, bitcast=True), KEYS_FIRST)
-        k_x = _of_keys(tl.load(k_table + k_slots * 3 + 2).to(tl.float32, bitcast=True), KEYS_FIRST)
-        near = norm + _of_queries(y, KEYS_FIRST) * k_y + _of_queries(x, KEYS_FIRST) * k_x
+        limit = tl.where(sees_all, 1e20, tl.load(q_table + axes).to(tl.float32, bitcast=True))
+        near = _of_keys(tl.load(k_table).to(tl.float32, bitcast=True), KEYS_FIRST)
+        for axis in tl.static_range(axes):
+            place = tl.where(sees_all, 0.0, tl.load(q_table + axis).to(tl.float32, bitcast=True))
+            k_place = tl.load(k_table + 1 + axis).to(tl.float32, bitcast=True)
+            near = near + _of_queries(place, KEYS_FIRST) * _of_keys(k_place, KEYS_FIRST)
         return near < _of_queries(limit, KEYS_FIRST)
+    elif RULE == BITS:
+        span = tl.load(rule + block)
+        ruled = tl.where((tl.load(q_table + q_slots * 3 + 1) & span) != 0, word >> tl.load(q_table + q_slots * 3), 0)
+        seen = tl.where((tl.load(q_table + q_slots * 3 + 2) & span) != 0, -1, ruled)
+        return (_of_queries(seen, KEYS_FIRST) & _of_keys(tl.load(k_table + k_slots), KEYS_FIRST)) != 0
     else:
         span = _of_keys(tl.load(k_table + k_slots * 5 + 3), KEYS_FIRST)
         whole = (_of_queries(tl.load(q_table + q_slots * 5 + 3), KEYS_FIRST) & span) != 0
@@ -79,7 +94,7 @@ def pairs_seen(
             limit = tl.load(rule + _METRIC_HEADER + tl.abs(q_t - k_t))
             near = tl.load(rule) * dy * dy + tl.load(rule + 1) * dx * dx < limit
             holds = holds & (near | (k_t < tl.load(rule + 2)))
-        elif RULE == BITS:
+        elif RULE == _MIXED_BITS:
             query_side = tl.load(rule)
             key_side = tl.load(rule + 1)
             columns = tl.load(rule + 2)
@@ -115,9 +130,7 @@ def _accumulate(
             value = value.to(tl.float32)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
         if PARTIAL:
-            word = 0
-            if RULE == BITS:
-                word = tl.load(bits + entry)
+            word = word_of(bits, entry, RULE)
             visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(visible, scores, float("-inf"))
         if HAS_KEY_MASK:

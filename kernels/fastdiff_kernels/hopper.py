@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_sparse import BITS, head_step, in_order, pairs_seen
+from .block_sparse import head_step, in_order, pairs_seen, word_of
 from .plan import BlockPlan
 
 BLOCK = 128
@@ -69,9 +69,7 @@ def _hide(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.co
     keys: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
     block = gl.load(indices + n)
     k_slots = block * 128 + gl.arange(0, 128, layout=keys)
-    word = 0
-    if RULE == BITS:
-        word = gl.load(bits + n)
+    word = word_of(bits, n, RULE)
     visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128)
     return gl.where(visible, scores, float("-inf"))
 

@@ -6,13 +6,18 @@ Where every block of a plan lies in one span, its rules become shorter than the 
                     words subtracts all fields at once, and a field's guard bit survives where its difference is not
                     negative. So first <= k <= last on three axes takes two subtractions and one comparison.
     DISC            METRIC on one frame: a dy^2 + b dx^2 < r is N_k - 2a y_q y_k - 2b x_q x_k < r - N_q, with
-                    N = a y^2 + b x^2: two products for each pair, exact in float32 while whole numbers are.
+                    N = a y^2 + b x^2: two products for each pair, exact in float32 while whole numbers are. Places
+                    count from the centre of the grid, which keeps them small.
+    BALL            METRIC whose limits fall as r - c dt^2 does, with a third product for the frames.
+    BITS            The bits of a row of sub-blocks are one word, and a key is a mask of one bit.
 
-    query rows      BOX [first - guards, last + guards, spans seen whole], DISC [-2a y, -2b x, r - N, spans seen whole]
-    key rows        BOX [word], DISC [N, y, x]
-    parameters      BOX [guards, last + guards of a query that sees all], then for both the span of each key block
+    query rows      BOX [first - guards, last + guards, spans seen whole], BITS [shift to its bits, spans seen by
+                    the rule, spans seen whole], DISC and BALL [-2a y, -2b x, (-2c t,) r - N, spans seen whole]
+    key rows        BOX [word], BITS [mask], DISC and BALL [N, y, x(, t)]
+    parameters      BOX [guards, last + guards of a query that sees all], then for all the span of each key block
 
-Floats stand in the int32 tables bit for bit. All other plans keep their own tables and rule.
+Floats stand in the int32 tables bit for bit. All other plans keep their own tables and rule; BITS among them is
+MIXED_BITS.
 """
 
 from __future__ import annotations
@@ -23,13 +28,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import UnsupportedError
-from .rule import METRIC_HEADER, RuleKind
+from .rule import METRIC_HEADER, Rule, RuleKind
 
 if TYPE_CHECKING:
     from .order import Side
     from .plan import BlockPlan
 
-DISC = len(RuleKind)
+MIXED_BITS, DISC, BALL = range(len(RuleKind), len(RuleKind) + 3)
 BOX_PARAMETERS = 2
 # Largest whole number up to which float32 has all of them.
 _EXACT = 2**24
@@ -64,9 +69,16 @@ def kernel_rule(plan: BlockPlan) -> KernelRule:
             "this BOX plan has blocks that hold tokens of several spans, which the Triton kernels do not take; pad "
             "spans to whole blocks (aligned=True), or use backend='torch'."
         )
-    if spans is not None and kind == RuleKind.METRIC and _is_disc(plan):
-        return _disc(plan, spans)
-    return KernelRule(int(kind), plan.query.table, plan.key.table, plan.rule.parameters)
+    if spans is not None and kind == RuleKind.BITS:
+        return _bits(plan, spans)
+    if spans is not None and kind == RuleKind.METRIC:
+        places = torch.cat([side.table[..., :3].flatten(0, 1) for side in (plan.query, plan.key)])
+        last = tuple(places.amax(0).tolist())
+        ball = whole_ball(plan.rule, last)
+        if ball is not None:
+            return _ball(plan, spans, last, ball)
+    kind = MIXED_BITS if kind == RuleKind.BITS else int(kind)
+    return KernelRule(kind, plan.query.table, plan.key.table, plan.rule.parameters)
 
 
 def _spans_of_blocks(plan: BlockPlan) -> torch.Tensor | None:
@@ -121,20 +133,56 @@ def _box(plan: BlockPlan, spans: torch.Tensor) -> KernelRule:
     return KernelRule(int(RuleKind.BOX), table.to(torch.int32), words.to(torch.int32), parameters)
 
 
-def _is_disc(plan: BlockPlan) -> bool:
-    a, b, sink_frames, frames = plan.rule.parameters[:METRIC_HEADER].tolist()
-    places = torch.cat([side.table[..., :3].flatten(0, 1) for side in (plan.query, plan.key)])
-    t, y, x = places.amax(0).tolist()
-    return frames == 1 and t == 0 and sink_frames == 0 and 4 * (a * y * y + b * x * x) < _EXACT
+def whole_ball(rule: Rule, last: tuple[int, int, int]) -> tuple[int, int, int, int] | None:
+    """Whole numbers a, b, c, r with which a METRIC rule is a dy^2 + b dx^2 + c dt^2 < r, exact in float32.
+
+    Args:
+        rule: A METRIC rule.
+        last: The highest t, y and x of any token.
+
+    Returns:
+        The numbers, or None if there are none.
+    """
+    a, b, sink_frames, _ = rule.parameters[:METRIC_HEADER].tolist()
+    limits, (t, y, x) = rule.limits().long().cpu(), last
+    if sink_frames or t >= len(limits):
+        return None
+    # Beyond the farthest pair all limits say the same. From the centre, every sum stays below four times `half`.
+    farthest, half = (a * n * n + b * m * m for n, m in ((y, x), ((y + 1) // 2, (x + 1) // 2)))
+    if t == 0:
+        return (a, b, 0, min(int(limits[0]), farthest + 1)) if 4 * half < _EXACT else None
+    apart, limits = torch.arange(1, t + 1) ** 2, limits[: t + 1]
+    beyond = limits[1:].clamp(min=0)
+    scale = 1
+    while 4 * scale * half < _EXACT:
+        # In one frame r stands between the last square that is near enough and the first that is not.
+        r = (scale * limits[0] - torch.arange(scale))[:, None]
+        least = torch.where(beyond > farthest, 0, -((scale * beyond - r) // apart)).amax(1).clamp(min=0)
+        most = torch.where(beyond > 0, (r - scale * (beyond - 1) - 1) // apart, _EXACT).amin(1)
+        fits = (least <= most) & (4 * (scale * half + least * ((t + 1) // 2) ** 2) < _EXACT) & (r[:, 0] < _EXACT)
+        if bool(fits.any()):
+            best = int(fits.nonzero()[0])
+            return scale * a, scale * b, int(least[best]), int(r[best])
+        scale *= 2
+    return None
 
 
-def _disc(plan: BlockPlan, spans: torch.Tensor) -> KernelRule:
-    a, b = plan.rule.parameters[:2].tolist()
-    # Beyond the farthest pair all limits say the same.
-    limit = min(int(plan.rule.limits()[0]), _EXACT)
-    (y, x), (k_y, k_x) = (side.table[..., 1:3].double().unbind(-1) for side in (plan.query, plan.key))
-    norm = torch.where(plan.key.table[..., 3] != 0, a * k_y**2 + b * k_x**2, _FAR)
-    columns = [-2 * a * y, -2 * b * x, limit - a * y**2 - b * x**2]
-    query = [c.float().view(torch.int32) for c in columns] + [plan.query.table[..., 3]]
-    key = [c.float().view(torch.int32) for c in (norm, k_y, k_x)]
-    return KernelRule(DISC, torch.stack(query, -1), torch.stack(key, -1), spans)
+def _ball(plan: BlockPlan, spans: torch.Tensor, last: tuple[int, int, int], ball: tuple[int, ...]) -> KernelRule:
+    a, b, c, r = ball
+    centre = torch.tensor([n // 2 for n in last], device=spans.device)
+    (t, y, x), (k_t, k_y, k_x) = ((side.table[..., :3] - centre).double().unbind(-1) for side in (plan.query, plan.key))
+    norm = torch.where(plan.key.table[..., 3] != 0, a * k_y**2 + b * k_x**2 + c * k_t**2, _FAR)
+    frames = [-2 * c * t] if c else []
+    columns = [-2 * a * y, -2 * b * x, *frames, r - a * y**2 - b * x**2 - c * t**2]
+    query = [column.float().view(torch.int32) for column in columns] + [plan.query.table[..., 3]]
+    key = [column.float().view(torch.int32) for column in (norm, k_y, k_x, *([k_t] if c else []))]
+    return KernelRule(BALL if c else DISC, torch.stack(query, -1), torch.stack(key, -1), spans)
+
+
+def _bits(plan: BlockPlan, spans: torch.Tensor) -> KernelRule:
+    query_side, key_side, columns = plan.rule.parameters.tolist()
+    row, column = (torch.arange(side.slots, device=spans.device) % side.block for side in (plan.query, plan.key))
+    shift = (row // query_side * columns).to(torch.int32).expand(plan.query.table.shape[:2])
+    query = torch.stack([shift, plan.query.table[..., 4], plan.query.table[..., 3]], -1)
+    mask = torch.where(plan.key.table[..., 3] != 0, 1 << column // key_side, 0)
+    return KernelRule(int(RuleKind.BITS), query, mask[..., None].to(torch.int32), spans)
