@@ -28,6 +28,8 @@ SEES_DIFFUSERS = (
     "cli",
     "cli_pictures",
     "families",
+    "image_families",
+    "image_pipelines",
     "import_hygiene",
     "layout_door",
     "measure",

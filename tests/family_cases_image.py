@@ -69,7 +69,10 @@ PACKED_CASES = {
     "ChromaTransformer2DModel": Case(tiny.tiny_chroma, picture(tiny.packed_inputs), move_packed(), TWO),
     "BriaTransformer2DModel": Case(tiny.tiny_bria, picture(tiny.packed_inputs), move_packed(), TWO),
     "LongCatImageTransformer2DModel": Case(
-        tiny.tiny_longcat, picture(tiny.packed_inputs, picture=1, start=8, references=((2, 3),)), move_packed(1), TWO
+        tiny.tiny_longcat,
+        picture(tiny.packed_inputs, channels=64, picture=1, start=8, references=((2, 3),)),
+        move_packed(1),
+        TWO,
     ),
     "OvisImageTransformer2DModel": Case(tiny.tiny_ovis, picture(tiny.packed_inputs), move_packed(), TWO),
     "QwenImageTransformer2DModel": Case(tiny.tiny_qwen, lambda *grid: tiny.qwen_inputs(grid, valid=3), move_qwen, TWO),

@@ -47,6 +47,15 @@ def tiny_flux2():
     )
 
 
+def tiny_flux2_klein():
+    return build(
+        "Flux2Transformer2DModel",
+        **FLUX_LIKE | {"axes_dims_rope": (4, 4, 4, 4)},
+        timestep_guidance_channels=16,
+        guidance_embeds=False,
+    )
+
+
 def tiny_chroma():
     return build(
         "ChromaTransformer2DModel",
@@ -62,21 +71,33 @@ def tiny_bria():
 
 
 def tiny_longcat():
-    return build("LongCatImageTransformer2DModel", **FLUX_LIKE, pooled_projection_dim=32)
+    # Its pipeline draws 16 channels of 2 x 2 latents.
+    return build("LongCatImageTransformer2DModel", **FLUX_LIKE | {"in_channels": 64}, pooled_projection_dim=32)
 
 
 def tiny_ovis():
-    return build("OvisImageTransformer2DModel", **FLUX_LIKE)
+    return build("OvisImageTransformer2DModel", **FLUX_LIKE, out_channels=16)
 
 
-def packed_inputs(height, width, *, text=3, references=(), picture=0, start=0, columns=3, text_channels=32, **more):
+def packed_inputs(
+    height: int,
+    width: int,
+    *,
+    channels: int = 16,
+    text: int = 3,
+    references: tuple[tuple[int, int], ...] = (),
+    picture: int = 0,
+    start: int = 0,
+    columns: int = 3,
+    **more,
+):
     """Arguments of models whose packed tokens carry positions."""
     ids = [image_ids(picture, height, width, start, columns)]
     ids += [image_ids(picture + 1 + n, *size, start, columns) for n, size in enumerate(references)]
     ids = torch.cat(ids)
     return {
-        "hidden_states": noise(1, len(ids), 16),
-        "encoder_hidden_states": noise(1, text, text_channels),
+        "hidden_states": noise(1, len(ids), channels),
+        "encoder_hidden_states": noise(1, text, 32),
         "timestep": torch.full((1,), 0.5),
         "img_ids": ids,
         "txt_ids": torch.zeros(text, columns),
