@@ -88,6 +88,10 @@ def move_packed(inputs, frame, row, column):
     inputs["hidden_states"][:, (frame * height + row) * width + column] += 1
 
 
+def move_sample(inputs, frame, row, column):
+    inputs["sample"][:, :, frame, row, column] += 1
+
+
 def move_frames_first(frames_in_token=1):
     def move(inputs, frame, row, column):
         inputs["hidden_states"][:, frames_in_token * frame, :, 2 * row + 1, 2 * column] += 1
@@ -135,6 +139,9 @@ OTHER_CASES = {
     "LTX2VideoTransformer3DModel": Case(tiny.tiny_ltx2, tiny.ltx2_inputs, move_packed, VIDEOS),
     "LTX2VideoTransformer3DModel, keyframes": Case(
         tiny.tiny_ltx2, lambda *grid: tiny.ltx2_inputs(*grid, keyframes=2), move_packed, VIDEOS
+    ),
+    "UNetMotionModel": Case(
+        tiny.tiny_animatediff, tiny.animatediff_inputs, move_sample, ((3, 9, 13), (1, 8, 5), (2, 5, 5))
     ),
     "Kandinsky5Transformer3DModel": Case(tiny.tiny_kandinsky5, tiny.kandinsky5_inputs, move_channels_last, VIDEOS),
 }

@@ -429,3 +429,29 @@ def kandinsky5_inputs(frames: int, height: int, width: int) -> dict[str, Any]:
         **common(),
         "timestep": torch.tensor([500.0]),
     }
+
+
+def tiny_animatediff() -> nn.Module:
+    """Its motion modules, which mix the frames of one place, add nothing."""
+    model = build(
+        "UNetMotionModel",
+        block_out_channels=(16, 16),
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+    )
+    for name, part in model.named_modules():
+        if "motion_modules" in name and name.endswith("proj_out"):
+            for parameter in part.parameters():
+                parameter.data.zero_()
+    return model
+
+
+def animatediff_inputs(*grid: int) -> dict[str, Any]:
+    """The text is repeated for each frame."""
+    inputs = {"sample": noise(1, 4, *grid), **common(), "timestep": torch.tensor(500)}
+    return inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].expand(grid[0], -1, -1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastdiff_kernels import Grid, InvalidInputError, TokenLayout
@@ -19,6 +20,15 @@ def _picture(config: Any, inputs: Mapping[str, Any]) -> Grid:
             f"sample is {given(sample)}; the grid is read from latents [batch, channels, height, width]."
         )
     return Grid(1, *sample.shape[2:])
+
+
+def _frames(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    sample = inputs.get("sample")
+    if sample is None or sample.ndim != 5:
+        raise InvalidInputError(
+            f"sample is {given(sample)}; the grid is read from latents [batch, channels, frames, height, width]."
+        )
+    return Grid(*sample.shape[2:])
 
 
 def _unet_level(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
@@ -46,4 +56,6 @@ _UNET = Family(
 
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": _UNET,
+    # AnimateDiff: its motion modules attend over the frames of one place, which costs next to nothing, and stay dense.
+    "UNetMotionModel": replace(_UNET, name="unet-motion", grid=_frames),
 }
