@@ -31,6 +31,7 @@ SEES_DIFFUSERS = (
     "image_families",
     "image_pipelines",
     "import_hygiene",
+    "latent_families",
     "layout_door",
     "measure",
     "method_processors",

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from fake_planner import FakePlanner
 from torch import nn
 
+import fastdiff
 from fastdiff_patches import families, locate, seam
 from fastdiff_patches.processor import Layer
 
@@ -87,3 +89,23 @@ def values(model, inputs) -> dict[str, torch.Tensor]:
         for module, processor in originals.items():
             module.processor = processor
     return {name: calls[0] for name, calls in found.items()}
+
+
+def spans(model, inputs):
+    """(kind, tokens) of each span of the model's layout."""
+    layout = families.family_of(model).layout(model.config, inputs)
+    return [(span.kind, span.tokens) for span in layout.query]
+
+
+def sparse_equals_dense(model, inputs):
+    """Under a window of all; density 1."""
+    dense = run(model, inputs)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
+    torch.testing.assert_close(run(model, inputs), dense, atol=5e-6, rtol=1e-4)
+    fastdiff.remove(model)
+    assert torch.equal(run(model, inputs), dense)
+
+
+def has(name):
+    """Skips a test where diffusers lacks a name."""
+    return pytest.mark.skipif(not hasattr(diffusers, name), reason=f"diffusers has no {name}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tiny_image_models as tiny
+import tiny_latent_models as latent
+import tiny_packed_models as packed
 import torch
 from family_case import Case
 from tiny_picture_models import flux_inputs, tiny_flux, tiny_unet, unet_inputs
@@ -39,7 +40,7 @@ def move_qwen(inputs, frame, row, column):
 
 def residuals(frames, height, width):
     """What a ControlNet adds to the picture behind each block."""
-    samples = [tiny.noise(1, height * width, 32)]
+    samples = [packed.noise(1, height * width, 32)]
     return flux_inputs(height, width, controlnet_block_samples=samples, controlnet_single_block_samples=samples)
 
 
@@ -58,30 +59,32 @@ PACKED_CASES = {
     ),
     "FluxTransformer2DModel, ControlNet": Case(tiny_flux, residuals, move_packed(), TWO),
     "Flux2Transformer2DModel": Case(
-        tiny.tiny_flux2, picture(tiny.packed_inputs, columns=4, guidance=torch.ones(1)), move_packed(), TWO
+        packed.tiny_flux2, picture(packed.packed_inputs, columns=4, guidance=torch.ones(1)), move_packed(), TWO
     ),
     "Flux2Transformer2DModel, references": Case(
-        tiny.tiny_flux2,
-        picture(tiny.packed_inputs, columns=4, guidance=torch.ones(1), references=((2, 3), (3, 3))),
+        packed.tiny_flux2,
+        picture(packed.packed_inputs, columns=4, guidance=torch.ones(1), references=((2, 3), (3, 3))),
         move_packed(),
         TWO,
     ),
-    "ChromaTransformer2DModel": Case(tiny.tiny_chroma, picture(tiny.packed_inputs), move_packed(), TWO),
-    "BriaTransformer2DModel": Case(tiny.tiny_bria, picture(tiny.packed_inputs), move_packed(), TWO),
+    "ChromaTransformer2DModel": Case(packed.tiny_chroma, picture(packed.packed_inputs), move_packed(), TWO),
+    "BriaTransformer2DModel": Case(packed.tiny_bria, picture(packed.packed_inputs), move_packed(), TWO),
     "LongCatImageTransformer2DModel": Case(
-        tiny.tiny_longcat,
-        picture(tiny.packed_inputs, channels=64, picture=1, start=8, references=((2, 3),)),
+        packed.tiny_longcat,
+        picture(packed.packed_inputs, channels=64, picture=1, start=8, references=((2, 3),)),
         move_packed(1),
         TWO,
     ),
-    "OvisImageTransformer2DModel": Case(tiny.tiny_ovis, picture(tiny.packed_inputs), move_packed(), TWO),
-    "QwenImageTransformer2DModel": Case(tiny.tiny_qwen, lambda *grid: tiny.qwen_inputs(grid, valid=3), move_qwen, TWO),
+    "OvisImageTransformer2DModel": Case(packed.tiny_ovis, picture(packed.packed_inputs), move_packed(), TWO),
+    "QwenImageTransformer2DModel": Case(
+        packed.tiny_qwen, lambda *grid: packed.qwen_inputs(grid, valid=3), move_qwen, TWO
+    ),
     "QwenImageTransformer2DModel, edit": Case(
-        tiny.tiny_qwen, lambda *grid: tiny.qwen_inputs(grid, (1, 2, 3), grid), move_qwen, TWO
+        packed.tiny_qwen, lambda *grid: packed.qwen_inputs(grid, (1, 2, 3), grid), move_qwen, TWO
     ),
     "QwenImageTransformer2DModel, layered": Case(
-        lambda: tiny.tiny_qwen(use_layer3d_rope=True),
-        lambda frames, *grid: tiny.qwen_inputs(*[(1, *grid)] * (frames + 1)),
+        lambda: packed.tiny_qwen(use_layer3d_rope=True),
+        lambda frames, *grid: packed.qwen_inputs(*[(1, *grid)] * (frames + 1)),
         move_qwen,
         ((3, 4, 3),),
         needs=("QwenImageLayeredPipeline",),
@@ -90,34 +93,34 @@ PACKED_CASES = {
 
 LATENT_CASES = {
     "SD3Transformer2DModel": Case(
-        tiny.tiny_sd3, picture(tiny.latent_inputs, pooled_projections=tiny.noise(1, 16)), move_latents(), TWO
+        latent.tiny_sd3, picture(latent.latent_inputs, pooled_projections=packed.noise(1, 16)), move_latents(), TWO
     ),
     "SD3Transformer2DModel, dual layers": Case(
-        lambda: tiny.tiny_sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
-        picture(tiny.latent_inputs, pooled_projections=tiny.noise(1, 16)),
+        lambda: latent.tiny_sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+        picture(latent.latent_inputs, pooled_projections=packed.noise(1, 16)),
         move_latents(),
         TWO,
     ),
     "PixArtTransformer2DModel": Case(
-        tiny.tiny_pixart,
-        picture(tiny.latent_inputs, added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
+        latent.tiny_pixart,
+        picture(latent.latent_inputs, added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
         move_latents(),
         TWO,
     ),
-    "CogView3PlusTransformer2DModel": Case(tiny.tiny_cogview3, picture(tiny.cogview_inputs), move_latents(), TWO),
-    "CogView4Transformer2DModel": Case(tiny.tiny_cogview4, picture(tiny.cogview_inputs), move_latents(), TWO),
-    "HunyuanDiT2DModel": Case(tiny.tiny_hunyuan_dit, picture(tiny.hunyuan_dit_inputs), move_latents(), TWO),
-    "AuraFlowTransformer2DModel": Case(tiny.tiny_aura_flow, picture(tiny.latent_inputs), move_latents(), TWO),
+    "CogView3PlusTransformer2DModel": Case(latent.tiny_cogview3, picture(latent.cogview_inputs), move_latents(), TWO),
+    "CogView4Transformer2DModel": Case(latent.tiny_cogview4, picture(latent.cogview_inputs), move_latents(), TWO),
+    "HunyuanDiT2DModel": Case(latent.tiny_hunyuan_dit, picture(latent.hunyuan_dit_inputs), move_latents(), TWO),
+    "AuraFlowTransformer2DModel": Case(latent.tiny_aura_flow, picture(latent.latent_inputs), move_latents(), TWO),
     "Lumina2Transformer2DModel": Case(
-        tiny.tiny_lumina2,
-        picture(tiny.latent_inputs, encoder_attention_mask=torch.tensor([[1, 1, 1, 0, 0]])),
+        latent.tiny_lumina2,
+        picture(latent.latent_inputs, encoder_attention_mask=torch.tensor([[1, 1, 1, 0, 0]])),
         move_latents(),
         TWO,
     ),
-    "ZImageTransformer2DModel": Case(tiny.tiny_z_image, picture(tiny.z_image_inputs), move_latents(name="x"), TWO),
-    "HiDreamImageTransformer2DModel": Case(tiny.tiny_hidream, picture(tiny.hidream_inputs), move_latents(), TWO),
+    "ZImageTransformer2DModel": Case(latent.tiny_z_image, picture(latent.z_image_inputs), move_latents(name="x"), TWO),
+    "HiDreamImageTransformer2DModel": Case(latent.tiny_hidream, picture(latent.hidream_inputs), move_latents(), TWO),
     "HunyuanImageTransformer2DModel": Case(
-        tiny.tiny_hunyuan_image, picture(tiny.hunyuan_image_inputs), move_latents(1), TWO
+        latent.tiny_hunyuan_image, picture(latent.hunyuan_image_inputs), move_latents(1), TWO
     ),
 }
 
@@ -129,13 +132,13 @@ UNET_CASES = {
         lambda: tiny_unet(levels=2), picture(unet_inputs), move_latents(1, "sample"), ((1, 7, 5),)
     ),
     "UNet2DConditionModel, SD 2": Case(
-        lambda: tiny.tiny_unet2(("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=(2, 4)),
+        lambda: latent.tiny_unet2(("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=(2, 4)),
         picture(unet_inputs),
         move_latents(1, "sample"),
         ((1, 7, 5),),
     ),
     "UNet2DConditionModel, SDXL": Case(
-        tiny.tiny_sdxl,
+        latent.tiny_sdxl,
         picture(unet_inputs, added_cond_kwargs={"text_embeds": torch.ones(1, 16), "time_ids": torch.ones(1, 6)}),
         move_latents(1, "sample"),
         ((1, 9, 13), (1, 16, 12)),

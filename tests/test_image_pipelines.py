@@ -7,7 +7,8 @@ from typing import Any
 import diffusers
 import PIL.Image
 import pytest
-import tiny_image_models as tiny
+import tiny_latent_models as latent
+import tiny_packed_models as packed
 import torch
 from tiny_models import tiny_scheduler
 
@@ -46,7 +47,7 @@ class Pipe:
 
 
 def embeds(text=5, channels=32):
-    return {"prompt_embeds": tiny.noise(1, text, channels)}
+    return {"prompt_embeds": packed.noise(1, text, channels)}
 
 
 def both(**arguments):
@@ -66,11 +67,13 @@ def numbered(*names, count):
 
 
 def flux2_vae():
-    return {"vae": tiny.build("AutoencoderKLFlux2", block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4)}
+    return {
+        "vae": packed.build("AutoencoderKLFlux2", block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4)
+    }
 
 
 def encode_anything(pipe):
-    pipe._encode_prompt = lambda prompt: tiny.noise(1, 5, 32)
+    pipe._encode_prompt = lambda prompt: packed.noise(1, 5, 32)
 
 
 def start_small(pipe):
@@ -78,76 +81,76 @@ def start_small(pipe):
 
 
 PIPES = {
-    "Flux2Pipeline": Pipe(tiny.tiny_flux2, embeds, parts=flux2_vae),
+    "Flux2Pipeline": Pipe(packed.tiny_flux2, embeds, parts=flux2_vae),
     "Flux2Pipeline, with an image": Pipe(
-        tiny.tiny_flux2, lambda: embeds() | {"image": PIL.Image.new("RGB", (64, 80), "red")}, parts=flux2_vae
+        packed.tiny_flux2, lambda: embeds() | {"image": PIL.Image.new("RGB", (64, 80), "red")}, parts=flux2_vae
     ),
-    "Flux2KleinPipeline": Pipe(tiny.tiny_flux2_klein, lambda: both(**embeds()), parts=flux2_vae),
+    "Flux2KleinPipeline": Pipe(packed.tiny_flux2_klein, lambda: both(**embeds()), parts=flux2_vae),
     "ChromaPipeline": Pipe(
-        tiny.tiny_chroma,
+        packed.tiny_chroma,
         lambda: both(**embeds(), prompt_attention_mask=torch.tensor([[True, True, True, False, False]])),
     ),
-    "OvisImagePipeline": Pipe(tiny.tiny_ovis, lambda: both(**embeds()) | {"negative_prompt": None}),
+    "OvisImagePipeline": Pipe(packed.tiny_ovis, lambda: both(**embeds()) | {"negative_prompt": None}),
     "LongCatImagePipeline": Pipe(
-        tiny.tiny_longcat,
+        packed.tiny_longcat,
         lambda: {"prompt": "a", "negative_prompt": "b", "guidance_scale": 3.0, "enable_prompt_rewrite": False},
         absent=("vae", *TEXT, "text_processor"),
         settle=encode_anything,
     ),
     "QwenImagePipeline": Pipe(
-        tiny.tiny_qwen,
+        packed.tiny_qwen,
         lambda: both(**embeds(), prompt_embeds_mask=mask()) | {"guidance_scale": None, "true_cfg_scale": 3.0},
     ),
     "StableDiffusion3Pipeline": Pipe(
-        tiny.tiny_sd3,
-        lambda: both(**embeds(), pooled_prompt_embeds=tiny.noise(1, 16)),
+        latent.tiny_sd3,
+        lambda: both(**embeds(), pooled_prompt_embeds=packed.noise(1, 16)),
         absent=("vae", *numbered(*TEXT, count=3)),
     ),
     "ZImagePipeline": Pipe(
-        tiny.tiny_z_image,
+        latent.tiny_z_image,
         lambda: {
-            "prompt_embeds": [tiny.noise(5, 32)],
-            "negative_prompt_embeds": [tiny.noise(40, 32)],
+            "prompt_embeds": [packed.noise(5, 32)],
+            "negative_prompt_embeds": [packed.noise(40, 32)],
             "guidance_scale": 3.0,
         },
     ),
-    "Lumina2Pipeline": Pipe(tiny.tiny_lumina2, lambda: both(**embeds(), prompt_attention_mask=mask())),
-    "AuraFlowPipeline": Pipe(tiny.tiny_aura_flow, lambda: both(**embeds(), prompt_attention_mask=mask())),
+    "Lumina2Pipeline": Pipe(latent.tiny_lumina2, lambda: both(**embeds(), prompt_attention_mask=mask())),
+    "AuraFlowPipeline": Pipe(latent.tiny_aura_flow, lambda: both(**embeds(), prompt_attention_mask=mask())),
     "PixArtSigmaPipeline": Pipe(
-        tiny.tiny_pixart,
+        latent.tiny_pixart,
         lambda: (
             both(**embeds(), prompt_attention_mask=mask()) | {"use_resolution_binning": False, "negative_prompt": None}
         ),
         scheduler=lambda: diffusers.DPMSolverMultistepScheduler(),
     ),
     "CogView3PlusPipeline": Pipe(
-        tiny.tiny_cogview3, lambda: both(**embeds()), scheduler=lambda: diffusers.CogVideoXDDIMScheduler()
+        latent.tiny_cogview3, lambda: both(**embeds()), scheduler=lambda: diffusers.CogVideoXDDIMScheduler()
     ),
-    "CogView4Pipeline": Pipe(tiny.tiny_cogview4, lambda: both(**embeds())),
+    "CogView4Pipeline": Pipe(latent.tiny_cogview4, lambda: both(**embeds())),
     "HiDreamImagePipeline": Pipe(
-        tiny.tiny_hidream,
+        latent.tiny_hidream,
         lambda: both(
-            prompt_embeds_t5=tiny.noise(1, 3, 32),
-            prompt_embeds_llama3=tiny.noise(2, 1, 4, 16),
-            pooled_prompt_embeds=tiny.noise(1, 64),
+            prompt_embeds_t5=packed.noise(1, 3, 32),
+            prompt_embeds_llama3=packed.noise(2, 1, 4, 16),
+            pooled_prompt_embeds=packed.noise(1, 64),
         ),
         absent=("vae", *numbered(*TEXT, count=4)),
         settle=start_small,
     ),
     "HunyuanImagePipeline": Pipe(
-        tiny.tiny_hunyuan_image,
+        latent.tiny_hunyuan_image,
         lambda: {
             **embeds(),
             "prompt_embeds_mask": mask(),
-            "prompt_embeds_2": tiny.noise(1, 3, 16),
+            "prompt_embeds_2": packed.noise(1, 3, 16),
             "prompt_embeds_mask_2": mask(3),
         },
         absent=("vae", *numbered(*TEXT, count=2)),
         pixels=(160, 224),
     ),
     "StableDiffusionXLPipeline": Pipe(
-        tiny.tiny_sdxl,
-        lambda: both(**embeds(), pooled_prompt_embeds=tiny.noise(1, 16)),
+        latent.tiny_sdxl,
+        lambda: both(**embeds(), pooled_prompt_embeds=packed.noise(1, 16)),
         absent=("vae", *numbered(*TEXT, count=2)),
         scheduler=lambda: diffusers.EulerDiscreteScheduler(),
         pixels=(40, 56),
