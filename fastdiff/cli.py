@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fastdiff.commands import bench
 from fastdiff.commands.calibrate import calibrate
 from fastdiff.commands.compare import compare
 from fastdiff.commands.doctor import doctor
@@ -19,7 +20,7 @@ from fastdiff.commands.plan import plan
 
 app = typer.Typer(
     name="fastdiff",
-    help="Sparse self-attention for diffusers pipelines: generate, compare, calibrate, look at plans.",
+    help="Sparse self-attention for diffusers pipelines: generate, compare, calibrate, look at plans, benchmark.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (generate, compare, plan, calibrate, doctor):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

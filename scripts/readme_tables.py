@@ -18,8 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from readme_bench import bench, models
+from readme_text import table, versions
+
 ROOT = Path(__file__).resolve().parent.parent
-DENSE = ("cuDNN SDPA", "torch SDPA")
 
 
 class Stale(Exception):
@@ -78,42 +80,6 @@ def dense_steps(report: dict[str, Any]) -> str:
 
 def where(report: dict[str, Any]) -> str:
     return report.get("gpu") or f"{report['threads']} CPU threads"
-
-
-def bench(records: list[dict[str, Any]]) -> str:
-    """Kernels alone: what `scripts/bench_kernels.py` writes, one table for all shapes."""
-    rows, shape = [], None
-    for record in records:
-        dense = baseline(record, records)
-        gain = f"{dense['milliseconds'] / record['milliseconds']:.2f}×" if dense else ""
-        mine = (record["shape"], record["dtype"], record["direction"])
-        if mine != shape:
-            shape = mine
-            size = f"{record['tokens']} tokens, {record['heads']} heads of {record['head_dim']}"
-            name = "" if record["shape"].startswith(f"{record['tokens']} tokens") else f"{record['shape']}: "
-            rows.append([f"**{name}{size}, {record['dtype']}, {record['direction']}**", "", "", "", ""])
-        time = f"{significant(record['milliseconds'])} ({significant(record['spread'])})"
-        # Solved settings have more digits than anybody reads.
-        kernel = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3f}", record["kernel"])
-        rows.append([kernel, f"{record['density']:.3f}", time, gain, significant(record["tflops"])])
-    together = ("gpu", "commit", "versions")
-    runs = list({json.dumps([record[name] for name in together]): record for record in records}.values())
-    conditions = [
-        f"{run['gpu'].replace('none, ', '')}, {versions(run['versions'])}"
-        + (f", commit {run['commit']}" if run["commit"] != "unknown" else "")
-        for run in runs
-    ]
-    head = ["kernel", "density", "ms, median (slowest − fastest)", "against dense", "TFLOP/s of computed tiles"]
-    return table(head, rows) + "\n\n" + "; ".join(conditions) + "."
-
-
-def baseline(record: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The dense kernel that ran the same shape, type and direction."""
-    same = ("shape", "tokens", "heads", "head_dim", "dtype", "direction", "gpu")
-    for other in records:
-        if other["kernel"] in DENSE and all(other[name] == record[name] for name in same):
-            return other
-    return None
 
 
 def tiny_wan(report: dict[str, Any]) -> str:
@@ -219,30 +185,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "compare-gpu": ("compare-tiny-wan-h200.json", compare_briefly),
     "kernels": ("bench-kernels.json", bench),
     "portable": ("bench-portable.json", bench),
+    "models": ("bench-models.json", models),
     "tiny-wan": ("tiny-wan-eval.json", tiny_wan),
     "tiny-flux": ("tiny-flux-eval.json", tiny_picture),
     "tiny-sd": ("tiny-sd-eval.json", tiny_picture),
     "fidelity": ("fidelity.json", fidelity),
 }
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """A number with so many digits at least, never in powers of ten."""
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    return f"{value:.{max(0, digits - max(whole, 1))}f}"
-
-
-def versions(found: dict[str, str | None]) -> str:
-    """`Python 3.12.3, torch 2.11.0`: those that are installed, fastdiff itself left out."""
-    names = {"python": "Python", "threads": "CPU threads"}
-    kept = ("python", "torch", "triton", "diffusers", "transformers", "threads")
-    return ", ".join(f"{names.get(name, name)} {found[name]}" for name in kept if found.get(name))
 
 
 def filled(readme: str, results: Path, missing_ok: bool = False) -> str:

@@ -23,6 +23,7 @@ EXTRAS = {"demo": "demo", "test": "dev", "test-oldest": "dev", "lint": "dev"}
 SEES_DIFFUSERS = (
     "agent_pictures",
     "api",
+    "bench",
     "calibrate",
     "clear_flux",
     "cli",

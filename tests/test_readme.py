@@ -11,6 +11,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import readme_bench
 import readme_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +137,35 @@ class TestScript:
         (folder / "compare-tiny-wan.json").write_text("{}")
         assert self.run(folder) == 1
         assert "compare-tiny-wan.json is not what section 'compare' expects: KeyError" in capsys.readouterr().err
+
+    def test_benchmarks_are_read_as_they_are_written(self):
+        from fastdiff.bench import breakdown, kernels, record, rivals
+
+        assert readme_bench.DENSE == rivals.DENSE
+        assert readme_bench.REORDER == kernels.REORDER
+        assert readme_bench.PARTS == breakdown.PARTS
+        assert readme_bench.moved(self.RECORD) == record.moved_bytes(self.RECORD) == 8 * 64 * 2 * 16 * 4
+
+    def test_kernels(self):
+        others = {"kernel": "flash SDPA", "milliseconds": 4.0}
+        copies = {"kernel": readme_bench.REORDER, "density": 0.0, "tflops": 0.0, "milliseconds": 0.01}
+        text = readme_tables.bench([self.RECORD, {**self.RECORD, **others}, {**self.RECORD, **copies}])
+        assert "| **tiny: 64 tokens, 2 heads of 16, float32, forward** |" in text
+        assert "| torch SDPA | 1.000 | 8.00 (0.50) | 0.50× | 0.25 |" in text
+        assert f"| {readme_bench.REORDER} |  | 0.01 (0.50) |  | 7 GB/s |" in text
+
+    def test_models(self):
+        where = {"gpu": "G", "commit": "abc", "versions": {"torch": "1.2.3"}}
+        parts = {"attention": 50.0, "linears": 30.0, "element-wise": 15.0, "reorder": 5.0}
+        dense = {"model": "m", "what": "M, 9 frames", "tokens": 64, "layers": 40, "layers_timed": 4, "mode": "eager"}
+        dense |= {"attention": "dense, diffusers default", "density": 1.0, "milliseconds": 100.0, "spread": 1.0}
+        dense |= {"peak_gib": 30.25, "breakdown": parts, "plan_milliseconds": None, **where}
+        sparse = {**dense, "attention": "radial, decay 0.123456", "milliseconds": 50.0, "plan_milliseconds": 12.5}
+        text = readme_tables.models([dense, sparse])
+        assert "| **M, 9 frames: 64 tokens, 40 layers, scaled from 4** |" in text
+        assert "| dense, diffusers default | eager | 1.000 | 100 (1.00) | 1.00× | 30.2 | 50.0 | 30.0 | 15.0 |" in text
+        assert "| radial, decay 0.123 | eager | 1.000 | 50.0 (1.00) | 2.00× |" in text
+        assert text.endswith("G, torch 1.2.3, commit abc.")
 
     def test_fidelity(self):
         measured = {"psnr": {"mean": 24.12, "std": 2.04}, "ssim": {"mean": 0.917, "std": 0.1}, "recovered": 0.875}

@@ -17,5 +17,9 @@ class NotFiniteError(FastDiffError, ArithmeticError):
     """A result has values that are not finite, where the inputs gave no reason for it."""
 
 
+class WrongResultError(FastDiffError, ArithmeticError):
+    """A kernel computes something else than what it is for."""
+
+
 class MissingDependencyError(FastDiffError, ImportError):
     """An optional package is needed here; the message names the pip line."""

@@ -1,0 +1,186 @@
+"""One attention call by every kernel found here: checked, timed, recorded.
+
+TF/s counts only the score blocks that are computed: 4 x heads x tokens^2 x head_dim x density / time, and 2.5 times as
+much for a backward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastdiff.methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig
+from fastdiff_kernels import AgentPlan, BlockPlan, FastDiffError, attention, choose_backend, pool_cells
+from fastdiff_patches.planner import Extras
+
+from .record import milliseconds
+from .rivals import Attend, FlexBlocks, dense_kernels, why_missing
+from .shapes import RandomParo, Shape
+from .truth import check_agents, check_gradients, check_output
+
+REORDER = "reorder: gather of q, k and v, scatter of the output"
+
+_logger = logging.getLogger("fastdiff")
+
+
+class Bench:
+    """The kernels on one shape.
+
+    Args:
+        shape: The call.
+        device: `"cuda"` or `"cpu"`.
+        repeats: Timed calls of each kernel.
+
+    Attributes:
+        records: What was measured, a dict for each kernel and direction.
+        missing: Dense kernels that do not run here, with the reason.
+    """
+
+    def __init__(self, shape: Shape, device: str, repeats: int):
+        self.shape, self.device, self.repeats = shape, device, repeats
+        generator = torch.Generator(device).manual_seed(0)
+        size = (1, shape.tokens, shape.heads, shape.head_dim)
+        draw = {"dtype": shape.dtype, "device": device, "generator": generator}
+        self.inputs = [torch.randn(size, **draw) for _ in range(3)]
+        self.upstream = torch.randn(size, **draw) if shape.backward else None
+        self.records: list[dict[str, Any]] = []
+        self.missing: dict[str, str] = {}
+
+    def run(self) -> list[dict[str, Any]]:
+        """Checks and times everything.
+
+        Raises:
+            WrongResultError: If a kernel computes something else; it and all after it are not timed.
+        """
+        for name, attend in dense_kernels(self.device).items():
+            self._guest(name, lambda name=name, attend=attend: self._measure(name, None, attend))
+        first = True
+        for config in self.shape.configs():
+            plan = config.build_plan(self.shape.layout).to(self.device)
+            if isinstance(plan, AgentPlan):
+                self._agents(config, plan)
+                continue
+            self._measure(
+                f"fastdiff {self._backend()}, {name_of(config)}",
+                plan,
+                lambda q, k, v, plan=plan: attention(q, k, v, plan),
+            )
+            if first and self.device == "cuda":
+                self._beside(plan, name_of(config))
+            first = False
+        return self.records
+
+    def _beside(self, plan: BlockPlan, name: str) -> None:
+        """FlexAttention on the same blocks, and the reorder by itself."""
+        blocks = FlexBlocks.of(plan)
+        if blocks is not None:
+            self._guest(f"FlexAttention, {name}", lambda: self._flex(f"FlexAttention, {name}", plan, blocks))
+        if self.shape.reorder:
+            self._reorder(plan)
+
+    def _measure(self, kernel: str, plan: BlockPlan | None, attend: Attend) -> None:
+        check_output(self._what(kernel), self.inputs, attend(*self.inputs), plan)
+        self._time(kernel, plan, "forward", lambda: attend(*self.inputs))
+        if self.shape.backward:
+            self._backward(kernel, plan, attend, self.inputs, self.upstream, lambda x: x)
+
+    def _flex(self, kernel: str, plan: BlockPlan, blocks: FlexBlocks) -> None:
+        attend, inputs = blocks.attend(), [blocks.slots(x) for x in self.inputs]
+        check_output(self._what(kernel), self.inputs, blocks.tokens(attend(*inputs)), plan)
+        self._time(kernel, plan, "forward", lambda: attend(*inputs))
+        if self.shape.backward:
+            self._backward(kernel, plan, attend, inputs, blocks.slots(self.upstream), blocks.tokens)
+
+    def _backward(self, kernel, plan, attend, inputs, upstream, tokens: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The gradients alone; `tokens` brings them into the natural order, outside the timing."""
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = attend(*inputs)
+
+        def gradients():
+            return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+
+        found = [tokens(x) for x in gradients()]
+        check_gradients(self._what(kernel), self.inputs, self.upstream, found, plan)
+        self._time(kernel, plan, "backward", gradients)
+
+    def _agents(self, config: AgentConfig, plan: AgentPlan) -> None:
+        q, k, v = self.inputs
+        planner, grid = config.planner(), slice(*plan.spans.query_grid)
+        backend = planner.runs_on("auto", q.device, q.dtype, q.shape[-1])
+        kernel = f"fastdiff {backend}, {name_of(config)}"
+
+        def run():
+            return planner.attend(q, k, v, plan, Extras(None, None, "auto", None, {}))
+
+        agents = pool_cells(q[:, grid].double(), plan)
+        settings = {"scale2": q.shape[-1] ** (-0.5 * config.k_scale2), "shortcut": config.k_shortcut}
+        check_agents(self._what(kernel), self.inputs, agents, run(), plan, **settings)
+        self._time(kernel, plan, "forward", run)
+
+    def _reorder(self, plan: BlockPlan) -> None:
+        """What bringing all tokens into the plan's order and back takes by itself, without attention."""
+        from .reorder import there_and_back
+
+        run = there_and_back(self.inputs, plan, self._what(REORDER))
+        self._time(REORDER, None, "forward", run, density=0.0)
+
+    def _time(self, kernel, plan, direction, run, density: float | None = None) -> None:
+        times = milliseconds(run, self.device, self.repeats)
+        if density is None:
+            density = 1.0 if plan is None else plan.density()
+        shape, median = self.shape, statistics.median(times)
+        flops = 4 * shape.heads * shape.tokens**2 * shape.head_dim * density * (2.5 if direction == "backward" else 1)
+        self.records.append(
+            {
+                "kernel": kernel,
+                "shape": shape.name,
+                "tokens": shape.tokens,
+                "heads": shape.heads,
+                "head_dim": shape.head_dim,
+                "dtype": str(shape.dtype).removeprefix("torch."),
+                "density": round(density, 4),
+                "direction": direction,
+                "milliseconds": round(median, 3),
+                "spread": round(max(times) - min(times), 3),
+                "tflops": round(flops / median / 1e9, 3),
+            }
+        )
+
+    def _guest(self, kernel: str, measure: Callable[[], None]) -> None:
+        """A kernel that is not ours may be missing here, which is said; a wrong one is refused like ours."""
+        try:
+            measure()
+        except FastDiffError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            reason = why_missing(error)
+            if reason is None:
+                raise
+            self.missing[kernel] = reason
+            _logger.warning("%s does not run on shape %s here: %s", kernel, self.shape.name, reason)
+
+    def _what(self, kernel: str) -> str:
+        return f"{kernel} on shape {self.shape.name}"
+
+    def _backend(self) -> str:
+        return choose_backend("auto", torch.device(self.device), self.shape.dtype, self.shape.head_dim)
+
+
+def name_of(config: Any) -> str:
+    """A method with its settings, as records carry it."""
+    if isinstance(config, RadialConfig):
+        return f"radial {config.mode}, decay {config.decay_factor:g}, near {config.near_width:g}"
+    if isinstance(config, ClearConfig):
+        return f"clear, radius {config.radius:g}"
+    if isinstance(config, AgentConfig):
+        return f"agent, {'x'.join(map(str, config.agents))} agents"
+    if isinstance(config, RandomParo):
+        return "paro, random blocks"
+    if isinstance(config, NeighborhoodConfig) and set(config.window) == {None}:
+        return "every block"
+    sides = ["x".join(map(str, side)) for side in (config.window, config.stride) if isinstance(side, tuple)]
+    return "neighborhood " + ", stride ".join(sides)

@@ -1,0 +1,280 @@
+"""`fastdiff bench`: what it records, what it refuses, and that its models are those that were published."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdiff import cli
+from fastdiff.bench import kernels, record, rivals, shapes
+from fastdiff.bench.architectures import ARCHITECTURES
+from fastdiff.bench.breakdown import add_up
+from fastdiff.bench.models import depths, scaled
+from fastdiff.bench.published import Draw
+from fastdiff.bench.truth import check_agents, check_gradients, check_output
+from fastdiff.commands import bench
+from fastdiff.methods import AgentConfig, NeighborhoodConfig, RadialConfig, build_plan
+from fastdiff_kernels import Grid, TokenLayout, agent_attention, attention, pool_cells
+from fastdiff_kernels.errors import WrongResultError
+
+KEYS = {"kernel", "shape", "tokens", "heads", "head_dim", "dtype", "density", "direction", "milliseconds", "spread"}
+KEYS |= {"tflops", "gpu", "versions", "commit"}
+GRID = Grid(3, 5, 7)
+RADIAL = RadialConfig(decay_factor=0.2, near_width=0.4, block_size=32)
+
+
+def tiny(configs=(RADIAL,), **changes) -> shapes.Shape:
+    return shapes.Shape("tiny", "for a test", GRID, 2, 16, lambda: configs, torch.float32, **changes)
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    monkeypatch.setattr(shapes, "CPU_SHAPES", (tiny(),))
+
+
+def random_inputs(tokens=GRID.tokens, heads=2, head_dim=16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, tokens, heads, head_dim, generator=generator) for _ in range(3)]
+
+
+class TestKernels:
+    def test_the_records(self, tiny_shapes, tmp_path, capsys):
+        output = tmp_path / "new" / "bench.json"
+        assert cli.main(["bench", "kernels", "--cpu", "--repeats", "2", "--output", str(output), "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed == json.loads(output.read_text())
+        assert all(one.keys() == KEYS for one in printed)
+        dense, sparse = printed
+        assert (dense["kernel"], dense["density"], dense["direction"]) == ("torch SDPA", 1.0, "forward")
+        assert sparse["kernel"] == "fastdiff torch, radial tiled, decay 0.2, near 0.4"
+        plan = build_plan(RADIAL, TokenLayout.self_attention(GRID))
+        assert sparse["density"] == round(plan.density(), 4)
+        assert (sparse["tokens"], sparse["heads"], sparse["head_dim"], sparse["dtype"]) == (105, 2, 16, "float32")
+        assert sparse["milliseconds"] > 0
+
+    def test_the_table(self, tiny_shapes, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "160")
+        assert cli.main(["bench", "kernels", "--cpu", "--repeats", "1", "--output", str(tmp_path / "b.json")]) == 0
+        out = capsys.readouterr().out
+        assert "tiny: for a test, 105 tokens, 2 heads of 16" in out
+        assert "torch SDPA" in out
+        assert "1.00x" in out
+
+    @pytest.mark.parametrize("wrong", [lambda out: out * 1.001, lambda out: out * float("nan")])
+    def test_a_wrong_kernel_is_not_timed(self, tiny_shapes, tmp_path, fails, monkeypatch, wrong):
+        monkeypatch.setattr(kernels, "attention", lambda *call: wrong(attention(*call)))
+        said = fails("bench", "kernels", "--cpu", "--output", tmp_path / "b.json")
+        assert "fastdiff torch, radial" in said
+        assert "not timed" in said
+        assert not (tmp_path / "b.json").exists()
+
+    def test_a_wrong_dense_kernel_is_refused_too(self, tiny_shapes, fails, monkeypatch, tmp_path):
+        monkeypatch.setattr(kernels, "dense_kernels", lambda device: {"torch SDPA": lambda q, k, v: v})
+        assert "torch SDPA on shape tiny" in fails("bench", "kernels", "--cpu", "--output", tmp_path / "b.json")
+
+    def test_a_missing_dense_kernel_is_named(self, monkeypatch):
+        def absent(q, k, v):
+            raise RuntimeError("No available kernel. Aborting execution.")
+
+        monkeypatch.setattr(kernels, "dense_kernels", lambda device: {"cuDNN SDPA": absent})
+        found = kernels.Bench(tiny(), "cpu", 1)
+        assert [one["kernel"].split(",")[0] for one in found.run()] == ["fastdiff torch"]
+        assert found.missing == {"cuDNN SDPA": "No available kernel. Aborting execution."}
+
+    def test_a_fault_of_a_dense_kernel_is_not_hidden(self, monkeypatch):
+        def broken(q, k, v):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(kernels, "dense_kernels", lambda device: {"cuDNN SDPA": broken})
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            kernels.Bench(tiny(), "cpu", 1).run()
+
+    def test_gradients_text_agents_and_lists_of_heads(self):
+        configs = (RADIAL, NeighborhoodConfig((3, 3, 3), block_size=32), AgentConfig((1, 2, 2), steps=(0.0, 1.0)))
+        found = kernels.Bench(tiny((*configs, shapes.RandomParo(2, 0.5)), text=9), "cpu", 1).run()
+        assert [one["kernel"].partition(", ")[2] for one in found] == [
+            "",
+            "radial tiled, decay 0.2, near 0.4",
+            "neighborhood 3x3x3",
+            "agent, 1x2x2 agents",
+            "paro, random blocks",
+        ]
+        both = kernels.Bench(tiny(backward=True), "cpu", 1).run()
+        assert [one["direction"] for one in both] == ["forward", "backward"] * 2
+        forward, backward = both[2:]
+        work = [one["tflops"] * one["milliseconds"] for one in (forward, backward)]
+        assert all(one["density"] == forward["density"] for one in both[2:])
+        assert work[1] == pytest.approx(2.5 * work[0], rel=0.5)
+
+    def test_slow_calls_are_repeated_less(self, monkeypatch):
+        monkeypatch.setattr(record, "_PATIENCE", 0.0)
+        assert len(record.milliseconds(lambda: None, "cpu", 10)) == 3
+        assert len(record.milliseconds(lambda: None, "cpu", 2)) == 2
+
+    def test_without_a_gpu(self, fails, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "no CUDA device was found; --cpu" in fails("bench", "kernels")
+        assert "no CUDA device was found; whole models" in fails("bench", "models")
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["kernels", "--shape", "W", "--cpu"], "allowed are portable-64"),
+            (["kernels", "--shape", "square"], "allowed are W, "),
+            (["kernels", "--cpu", "--repeats", "0"], "--repeats"),
+            (["models", "--model", "tiny"], "allowed are wan-14b"),
+            (["models", "--density", "2"], "above 0"),
+            (["nothing"], "nothing"),
+        ],
+    )
+    def test_bad_input(self, fails, words, says):
+        assert says in fails("bench", *words)
+
+    @pytest.mark.parametrize("command", ["kernels", "models"])
+    def test_help(self, capsys, command):
+        assert cli.main(["bench", command, "--help"]) == 0
+        assert "Examples:" in capsys.readouterr().out
+
+    def test_help_names_what_there_is(self):
+        assert tuple(shape.name for shape in shapes.GPU_SHAPES) == bench.SHAPES
+        assert tuple(shape.name for shape in shapes.CPU_SHAPES) == bench.CPU_SHAPES
+        assert tuple(one.name for one in ARCHITECTURES) == bench.MODELS
+
+
+class TestTruth:
+    PLAN = build_plan(RADIAL, TokenLayout.self_attention(GRID))
+
+    def test_gradients(self):
+        inputs = [x.requires_grad_() for x in random_inputs()]
+        out = attention(*inputs, self.PLAN)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(out, inputs, upstream)
+        inputs = [x.detach() for x in inputs]
+        check_gradients("it", inputs, upstream, grads, self.PLAN)
+        for which, name in enumerate("qkv"):
+            wrong = [x * (1.1 if place == which else 1) for place, x in enumerate(grads)]
+            with pytest.raises(WrongResultError, match=f"gradient of {name}"):
+                check_gradients("it", inputs, upstream, wrong, self.PLAN)
+
+    def test_another_plan_is_noticed(self):
+        inputs = random_inputs()
+        with pytest.raises(WrongResultError, match="query"):
+            check_output("it", inputs, attention(*inputs, self.PLAN), None)
+
+    def test_agents(self):
+        inputs = random_inputs()
+        plan = build_plan(AgentConfig((1, 2, 2), steps=(0.0, 1.0)), TokenLayout.self_attention(GRID))
+        agents = pool_cells(inputs[0], plan)
+        out = agent_attention(*inputs, agents, plan, shortcut=0.1)
+        check_agents("it", inputs, agents, out, plan, shortcut=0.1)
+        with pytest.raises(WrongResultError, match="it"):
+            check_agents("it", inputs, agents, out, plan, shortcut=0.2)
+
+
+def test_flex_slots_and_back():
+    plan = build_plan(RADIAL, TokenLayout.self_attention(GRID))
+    blocks = rivals.FlexBlocks.of(plan)
+    x = random_inputs()[0]
+    assert torch.equal(blocks.tokens(blocks.slots(x)), x)
+    # Every block of its mask, and no other, is one of the plan's.
+    kept = torch.zeros(plan.query_blocks, plan.key_blocks, dtype=torch.bool)
+    mask = blocks.mask
+    for counts, indices in (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for row, count in enumerate(counts[0, 0].tolist()):
+            kept[row, indices[0, 0, row, :count].long()] = True
+    assert torch.equal(kept, plan.draw() > 0)
+    box = build_plan(NeighborhoodConfig((1, 3, 3), block_size=32), TokenLayout.self_attention(GRID))
+    assert rivals.FlexBlocks.of(box) is None
+
+
+class TestModels:
+    # Of the published models.
+    PARAMETERS = {
+        "wan-14b": 14_288_491_584,
+        "wan-1.3b": 1_418_996_800,
+        "hunyuan": 12_821_012_544,
+        "cogvideox": 5_570_283_072,
+        "mochi": 10_027_677_744,
+        "flux": 11_901_408_320,
+        "flux-8k": 11_901_408_320,
+        "sdxl": 2_567_463_684,
+    }
+
+    @pytest.mark.parametrize("one", ARCHITECTURES, ids=lambda one: one.name)
+    def test_the_config_is_the_published_one(self, one):
+        model = one.build("meta", one.depth())
+        assert sum(parameter.numel() for parameter in model.parameters()) == self.PARAMETERS[one.name]
+
+    # Mochi enters autocast, which meta tensors have not.
+    @pytest.mark.parametrize("one", [one for one in ARCHITECTURES if one.name != "mochi"], ids=lambda one: one.name)
+    def test_inputs_fit_and_have_the_tokens_that_are_named(self, one, monkeypatch):
+        found = set()
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+
+        def watch(query, key, value, **others):
+            if query.shape == key.shape:
+                found.add(tuple(query.shape[1:]))
+            return sdpa(query, key, value, **others)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+        model = one.build("meta", dict.fromkeys(one.layers, 1))
+        inputs = one.inputs(Draw("meta"))
+        with torch.no_grad():
+            out = model(**inputs, return_dict=False)[0]
+        assert out.shape == inputs["sample" if one.name == "sdxl" else "hidden_states"].shape
+        assert (one.heads, one.tokens, one.head_dim) in found
+
+    def test_parts_that_the_class_keeps_exact(self):
+        model = next(one for one in ARCHITECTURES if one.name == "wan-1.3b").build("meta", {"blocks": 1})
+        assert model.scale_shift_table.dtype == torch.float32
+        assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+
+    def test_times_are_scaled_by_list(self):
+        depth = {"double": 19, "single": 38}
+        points = depths(depth, full=False)
+        assert points == [{"double": 2, "single": 2}, {"double": 4, "single": 2}, {"double": 2, "single": 4}]
+        readings = [7 + 3 * point["double"] + 5 * point["single"] for point in points]
+        assert scaled(readings, points, depth) == 7 + 3 * 19 + 5 * 38
+
+    @pytest.mark.parametrize(("depth", "full"), [({"blocks": 40}, True), ({}, False), ({"blocks": 2}, False)])
+    def test_whole_models_are_not_scaled(self, depth, full):
+        points = depths(depth, full)
+        assert points == [depth]
+        assert scaled([3.5], points, depth) == 3.5
+
+    def test_the_breakdown(self):
+        def op(name, parent=None, kernels=()):
+            found = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels]
+            return SimpleNamespace(
+                name=name, cpu_parent=parent, kernels=found, device_type=torch.autograd.DeviceType.CPU
+            )
+
+        def on_device(us, annotation=False):
+            span = SimpleNamespace(elapsed_us=lambda: us)
+            kind = torch.autograd.DeviceType.CUDA
+            return SimpleNamespace(device_type=kind, is_user_annotation=annotation, time_range=span, kernels=[])
+
+        ours = op("fastdiff::block_sparse", kernels=[("_forward_kernel", 4000), ("_gather_kernel", 100)])
+        linear = op("aten::linear")
+        sdpa = op("aten::scaled_dot_product_attention")
+        events = [
+            ours,
+            op("aten::index_select", ours, [("indexSelectLargeIndex", 300)]),
+            op("aten::addmm", linear, [("nvjet", 2000)]),
+            op("aten::_scaled_dot_product_cudnn_attention", sdpa, [("cudnn_sm90", 1000)]),
+            op("aten::add", None, [("vectorized", 50)]),
+            on_device(4000 + 100 + 300 + 2000 + 1000 + 50 + 25),
+            on_device(10_000, annotation=True),
+        ]
+        assert add_up(events) == {"attention": 5.0, "linears": 2.0, "element-wise": 0.075, "reorder": 0.4}
+
+
+def test_a_commit_is_not_that_of_somebody_elses_checkout(monkeypatch):
+    done = iter([SimpleNamespace(returncode=1, stdout="")])
+    monkeypatch.setattr(record.subprocess, "run", lambda *words, **more: next(done))
+    assert record.conditions("cpu", None)["commit"] == "unknown"
+    assert record.conditions("cpu", "abc")["commit"] == "abc"
