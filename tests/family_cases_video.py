@@ -129,6 +129,7 @@ OTHER_CASES = {
         lambda *grid: tiny.cosmos_inputs(*grid, image=True),
         move_wan,
         VIDEOS,
+        needs=("Cosmos2_5_TransferPipeline",),
     ),
     "AllegroTransformer3DModel": Case(tiny.tiny_allegro, tiny.allegro_inputs, move_wan, VIDEOS),
     "LatteTransformer3DModel": Case(tiny.tiny_latte, tiny.video_inputs, move_wan, ((3, 3, 5), (1, 1, 2), (3, 5, 4))),
