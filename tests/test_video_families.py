@@ -173,3 +173,22 @@ def test_text_that_is_missing_is_refused():
     model = tiny.tiny_cogvideox()
     with pytest.raises(InvalidInputError, match="encoder_hidden_states is missing; the text stands in the same"):
         families.family_of(model).layout(model.config, {"hidden_states": torch.zeros(1, 3, 4, 6, 10)})
+
+
+def test_mochi_compiled():
+    """The number of its text tokens is not known when it is traced."""
+    torch.manual_seed(0)
+    model, inputs = tiny.tiny_mochi(), tiny.mochi_inputs(2, 5, 4)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32))
+    eager = run(model, inputs)
+    model.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(model, inputs), eager)
+
+
+def test_hunyuan_video15_compiled_block_by_block():
+    torch.manual_seed(0)
+    model, inputs = tiny.tiny_hunyuan_video15(), tiny.hunyuan_video15_inputs(2, 5, 4, text=80)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32))
+    eager = run(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(model, inputs), eager)

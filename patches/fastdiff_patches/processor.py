@@ -183,12 +183,11 @@ class Layer:
             inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
         mask = mask if self.family is None else self.family.mask(mask)
         queries, key_mask = query.shape[1], _key_mask(mask, key)
-        if self.family is not None and self.family.text_varies and queries < self.tokens:
-            # The plan is that of the longest text there may be.
-            missing = self.tokens - queries
-            query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
-            seen = torch.ones_like(key[..., 0, 0], dtype=torch.bool) if key_mask is None else key_mask
-            key_mask = F.pad(seen[:, :queries], (0, missing))
+        if self.family is not None and self.family.text_varies:
+            # The plan is that of the longest text there may be. No branch, since torch.compile may not know the lengths.
+            query, key, value = (F.pad(x, (0, 0, 0, 0, 0, self.tokens - queries)) for x in (query, key, value))
+            seen = (torch.arange(self.tokens, device=key.device) < queries).expand(len(key), -1)
+            key_mask = seen if key_mask is None else seen & F.pad(key_mask, (0, self.tokens - queries))
         out = self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, key_mask))
         return out[:, :queries]
 
