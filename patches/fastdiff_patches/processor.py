@@ -184,7 +184,7 @@ class Layer:
         mask = mask if self.family is None else self.family.mask(mask)
         queries, key_mask = query.shape[1], _key_mask(mask, key)
         if self.family is not None and self.family.text_varies:
-            # The plan is that of the longest text there may be. No branch, since torch.compile may not know the lengths.
+            # The plan is that of the longest text. No branch, since torch.compile may not know the lengths.
             query, key, value = (F.pad(x, (0, 0, 0, 0, 0, self.tokens - queries)) for x in (query, key, value))
             seen = (torch.arange(self.tokens, device=key.device) < queries).expand(len(key), -1)
             key_mask = seen if key_mask is None else seen & F.pad(key_mask, (0, self.tokens - queries))
