@@ -173,3 +173,15 @@ def test_large_plan_holds_no_square_tensor():
 def test_bad_plans_are_refused(build):
     with pytest.raises(InvalidInputError):
         build(metric_plan(Grid(2, 5, 7)))
+
+
+def test_partial_blocks_of_spans_that_do_not_see_each_other_are_left_out():
+    picture = Grid(1, 5, 7)
+    spans = (Span("text", 9), Span("grid", picture.tokens, picture))
+    layout = TokenLayout(spans, (*spans, Span("pooled", 6), Span("pad", 3)))
+    rule = box_rule(picture)
+    plan = BlockPlan.from_rule(layout, rule, block_q=16, block_k=16)
+    every = BlockPlan.from_states(plan.query, plan.key, torch.ones(1, plan.query_blocks, plan.key_blocks), rule)
+    # Text sees all but pooled keys, and nobody sees padding.
+    assert every.draw().tolist() == [[1, 1, 1, 1, 0, 0]] + [[1, 1, 1, 1, 1, 0]] * 3
+    assert torch.equal(dense_mask(every)[0], truth_of(layout, rule))

@@ -6,6 +6,7 @@ import itertools
 import weakref
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from .rule import Rule, RuleKind, classify, pairs_visible
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 _numbers = itertools.count(1)
-_plans: weakref.WeakValueDictionary[int, BlockPlan] = weakref.WeakValueDictionary()
+_plans: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,12 +56,8 @@ class BlockPlan:
                 f"a BITS plan needs one bitmap for each of its {len(self.partial.indices)} partial blocks; "
                 f"{len(self.bits)} were given."
             )
-        number = next(_numbers)
         object.__setattr__(self, "launch_order", longest_first(self.full, self.partial))
-        # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
-        with torch.inference_mode(False):
-            object.__setattr__(self, "handle", torch.tensor(number))
-        _plans[number] = self
+        object.__setattr__(self, "handle", new_handle(self))
 
     def __repr__(self) -> str:
         blocks = f"{self.query_blocks}x{self.key_blocks} blocks of {self.query.block}x{self.key.block}"
@@ -116,7 +113,8 @@ class BlockPlan:
 
         Args:
             query, key: The two sides.
-            state: Integers `[1 or heads, query blocks, key blocks]`. Full key blocks with padding become partial.
+            state: Integers `[1 or heads, query blocks, key blocks]`. Full key blocks with padding become partial,
+                partial ones of spans that do not see each other empty.
             rule: The rule of the partial blocks.
             bits: For a BITS rule the bitmap of every pair of blocks, int32, of the shape of `state`.
         """
@@ -125,7 +123,7 @@ class BlockPlan:
                 f"state has the shape {list(state.shape)}; this plan needs [lists, {query.blocks}, {key.blocks}]."
             )
         padded = key.padded_blocks()[:, None, :]
-        partial = (state == PARTIAL) | ((state == FULL) & padded)
+        partial = ((state == PARTIAL) | ((state == FULL) & padded)) & _may_see(query, key)
         full = (state == FULL) & ~padded
         extra = {}
         if rule.kind == RuleKind.BITS:
@@ -279,7 +277,31 @@ class BlockPlan:
         return (words[:, None, None] >> place & 1).bool()
 
 
-def plan_of(handle: torch.Tensor) -> BlockPlan:
+def new_handle(plan: Any) -> torch.Tensor:
+    """A number for a plan of any kind, which `plan_of` finds as long as the plan lives."""
+    number = next(_numbers)
+    _plans[number] = plan
+    # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
+    with torch.inference_mode(False):
+        return torch.tensor(number)
+
+
+def _may_see(query: Side, key: Side) -> torch.Tensor:
+    """Pairs of blocks with a span on one side that a span on the other sees, bool `[1 or heads, queries, keys]`."""
+    seen = _bits_of_blocks(query.table[..., 3] | query.table[..., 4], query.block)
+    return (seen[:, :, None] & _bits_of_blocks(key.table[..., 3], key.block)[:, None]) != 0
+
+
+def _bits_of_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:
+    """The bits that any slot of a block has, `[1 or heads, slots]` to `[1 or heads, blocks]`."""
+    slots = bits.unflatten(1, (-1, block))
+    found = torch.zeros_like(slots[..., 0])
+    for bit in range(int(bits.max()).bit_length()):
+        found |= (slots >> bit & 1).amax(-1) << bit
+    return found
+
+
+def plan_of(handle: torch.Tensor) -> Any:
     """The plan that a handle names.
 
     Raises:
@@ -287,7 +309,7 @@ def plan_of(handle: torch.Tensor) -> BlockPlan:
     """
     plan = _plans.get(int(handle))
     if plan is None:
-        raise InvalidInputError(f"plan {int(handle)} no longer exists; keep the BlockPlan alive while it is in use.")
+        raise InvalidInputError(f"plan {int(handle)} no longer exists; keep the plan alive while it is in use.")
     return plan
 
 
