@@ -27,6 +27,8 @@ _METRIC, _BOX, BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, Rul
 _DISC, _MIXED_BITS = tl.constexpr(DISC), tl.constexpr(MIXED_BITS)
 _METRIC_HEADER, _BOX_PARAMETERS = tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_PARAMETERS)
 _LN2 = tl.constexpr(math.log(2))
+# What differs from call to call. Triton would compile a kernel anew for counts of 1, multiples of 16, and others.
+COUNTS = ("heads", "q_tokens", "q_blocks", "list_step")
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def _accumulate(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     q, k, v, out, lse, key_mask,
     q_order, q_table, k_table, launch_order,

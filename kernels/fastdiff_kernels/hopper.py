@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_sparse import head_step, in_order, pairs_seen, word_of
+from .block_sparse import COUNTS, head_step, in_order, pairs_seen, word_of
 from .plan import BlockPlan
 
 BLOCK = 128
@@ -157,7 +157,7 @@ def _attend(
         gl.store(lse + tokens, (row_max * scale_log2 + gl.log2(row_sum)) * _LN2, mask=tokens >= 0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     q, k_desc, v_desc, out, lse, q_order, q_table, k_table, launch_order,
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
