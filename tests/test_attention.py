@@ -303,18 +303,3 @@ def test_backend_choice(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UnsupportedError, match="TRITON_INTERPRET"):
         choose_backend("triton", cpu, half, 64)
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_more_than_2_to_the_31_elements():
-    """Addresses past 32 bits: the last heads of a tensor of 2.4e9 elements equal the same heads alone."""
-    grid = Grid(4, 128, 150)
-    layout = TokenLayout.self_attention(grid)
-    rule = Rule.metric(torch.tensor([150, 60, 30, 20]))
-    plan = BlockPlan.from_rule(layout, rule, block_q=128, block_k=128, grid_order=snake_order).to("cuda")
-    q, k, v = (torch.randn(1, grid.tokens, 250, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-    assert q.numel() > 2**31
-    out = attention(q, k, v, plan)
-    alone = attention(*(x[:, :, -2:].contiguous() for x in (q, k, v)), plan)
-    assert torch.equal(out[:, :, -2:], alone)
