@@ -256,13 +256,11 @@ class TestSizes:
 
         kind = getattr(diffusers, name)
         pipe = kind.__new__(kind)
-        model = (
-            diffusers.SD3Transformer2DModel if name == "StableDiffusion3Pipeline" else diffusers.UNet2DConditionModel
-        )
+        model = diffusers.PriorTransformer if name == "StableDiffusion3Pipeline" else diffusers.UNet2DConditionModel
         object.__setattr__(pipe, "transformer", model.__new__(model))
         monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pipe)
         line = fails("generate", "--model", folders["sd"], "--prompt", "x")
-        assert name in line if "Img2Img" in name else "SD3Transformer2DModel is not described" in line
+        assert name in line if "Img2Img" in name else "PriorTransformer is not described" in line
 
     def test_larger_than_memory(self, folders, fails, monkeypatch):
         import psutil

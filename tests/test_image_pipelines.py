@@ -13,6 +13,7 @@ import torch
 from tiny_models import tiny_scheduler
 
 import fastdiff
+from fastdiff.commands import sizes
 from fastdiff_kernels import Grid
 from fastdiff_patches.attachment import find
 
@@ -179,6 +180,7 @@ def build(name):
 @pytest.mark.parametrize("name", [name for name in PIPES if hasattr(diffusers, name.split(",")[0])])
 def test_a_pipeline_dense_sparse_and_dense_again(name):
     pipe, draw = build(name)
+    assert sizes.grid_of(pipe, 1, *PIPES[name].pixels) == Grid(1, 5, 7), "as forecast before a run"
     dense = draw()
     fastdiff.apply(pipe, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
     torch.testing.assert_close(draw(), dense, atol=1e-4, rtol=1e-3)

@@ -74,21 +74,19 @@ def own_size(pipe: Any) -> tuple[int, int] | None:
 
 
 def grid_of(pipe: Any, num_frames: int, height: int, width: int) -> Grid:
-    """The grid of visual tokens at a size; a UNet's is that of its latents.
+    """The grid of visual tokens at a size; a UNet's is that of its latents, one token for each.
 
     Raises:
         InvalidInputError: If the pipeline cannot take the size. diffusers would round it, with a warning.
     """
     from fastdiff_kernels import Grid
+    from fastdiff_patches.families import find_family, patch_of
+    from fastdiff_patches.locate import unwrap
 
-    config = core(pipe).config
-    patch = getattr(config, "patch_size", 1)
-    patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    model = unwrap(core(pipe))
+    family, config = find_family(model), model.config
+    patch = patch_of(config) if family is None else family.patch(config)
     space = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", 1)
-    if not makes_video(pipe):
-        # Pipelines that pack latents outside the model, as Flux does, say so here.
-        packed = getattr(getattr(pipe, "image_processor", None), "config", None)
-        space = getattr(packed, "vae_scale_factor", space)
     frames = _latent_frames(pipe, num_frames, patch[0])
     for name, value, multiple in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
         if value % multiple:
@@ -120,7 +118,7 @@ def _latent_frames(pipe: Any, num_frames: int, patch: int) -> int:
 
 
 def text_tokens(pipe: Any, call: dict[str, Any]) -> int:
-    """Text tokens before the grid in the same sequence; prompts are padded to that length.
+    """Text tokens in the same sequence, at most where prompts are not padded.
 
     Args:
         call: Further arguments of the pipeline's call.
@@ -128,11 +126,12 @@ def text_tokens(pipe: Any, call: dict[str, Any]) -> int:
     from fastdiff_patches.families import find_family
 
     family, parameter = find_family(core(pipe)), _parameters(pipe).get("max_sequence_length")
-    if family is None or not family.usual_text[0]:
-        return 0
-    if parameter is None:
-        return family.usual_text[0]
-    return call.get("max_sequence_length", parameter.default)
+    usual = 0 if family is None else sum(family.usual_text)
+    if not usual or parameter is None:
+        return usual
+    # HiDream has three texts of that length; others add a few tokens of their own.
+    default = parameter.default
+    return usual + usual // default * (call.get("max_sequence_length", default) - default)
 
 
 def finest_layer(pipe: Any, grid: Grid, text: int) -> LayerShape:

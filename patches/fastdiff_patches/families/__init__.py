@@ -16,9 +16,9 @@ from torch import nn
 from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
 
 from . import image, image_latents, unet, video, video_text
-from .base import Family
+from .base import Family, patch_of
 
-__all__ = ["FAMILIES", "Family", "family_of", "find_family"]
+__all__ = ["FAMILIES", "Family", "family_of", "find_family", "patch_of"]
 
 FAMILIES: dict[str, Family] = {
     name: family for file in (video, video_text, image, image_latents, unet) for name, family in file.FAMILIES.items()

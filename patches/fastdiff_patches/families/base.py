@@ -15,6 +15,14 @@ from fastdiff_kernels import Grid, Span, TokenLayout
 Table = tuple[torch.Tensor, torch.Tensor]
 
 
+def patch_of(config: Any) -> tuple[int, int, int]:
+    """Latent frames, rows and columns in a token, as most configs say it."""
+    patch = getattr(config, "patch_size", None) or 1
+    if isinstance(patch, int):
+        return getattr(config, "patch_size_t", None) or 1, patch, patch
+    return *[1] * (3 - len(patch)), *patch
+
+
 def _no_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     return 0, 0
 
@@ -57,6 +65,8 @@ class Family:
         text_varies: Whether a call has only the text that is no padding, behind the grid, and the layout all of it.
         references: (model config, forward arguments by name) -> spans of reference images behind the grid.
         at: (model config, layout of the model, name of a module) -> the layout in that module.
+        patch: model config -> latent frames, rows and columns in a token, for forecasts before a run. The latents are
+            those of the VAE, also where the pipeline packs them.
         usual_text: Text tokens (before, after) in a pipeline's default call, for forecasts before a run.
         latents: Name of the forward argument that holds the visual tokens, a tensor or a list of one for each sample;
             None for whichever tensor comes first.
@@ -81,6 +91,7 @@ class Family:
     text_varies: bool = False
     references: Callable[[Any, Mapping[str, Any]], tuple[Span, ...]] = _no_references
     at: Callable[[Any, TokenLayout, str], TokenLayout] = _same_layout
+    patch: Callable[[Any], tuple[int, int, int]] = patch_of
     usual_text: tuple[int, int] = (0, 0)
     latents: str | None = "hidden_states"
     heads: Callable[[nn.Module], tuple[int, int]] = _inner_heads

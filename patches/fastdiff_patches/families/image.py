@@ -50,12 +50,17 @@ def _references(config: Any, inputs: Mapping[str, Any], picture: int = 0) -> tup
     return _spans(inputs, picture)[1:]
 
 
+def _two_by_two(config: Any) -> tuple[int, int, int]:
+    return 1, 2, 2
+
+
 _FLUX = Family(
     "flux",
     re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
     _grid,
     text=text_before,
     references=_references,
+    patch=_two_by_two,
     usual_text=(512, 0),
     supplies=_SUPPLIES,
     query_norms=("norm_added_q", "norm_q"),

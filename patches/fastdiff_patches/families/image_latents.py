@@ -154,6 +154,10 @@ def _z_image_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     return Grid(frames // inputs.get("f_patch_size", 1), height // patch, width // patch)
 
 
+def _z_image_patch(config: Any) -> tuple[int, int, int]:
+    return config.all_f_patch_size[0], config.all_patch_size[0], config.all_patch_size[0]
+
+
 def _z_image_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     # Learned tokens pad image and text, and all see them.
     padding = -_z_image_grid(config, inputs).tokens % _MULTIPLE
@@ -170,6 +174,7 @@ _Z_IMAGE = Family(
     re.compile(r"layers\.\d+\.attention"),
     _z_image_grid,
     text=_z_image_text,
+    patch=_z_image_patch,
     usual_text=(0, 512),
     latents="x",
     supplies=frozenset(NEEDS),
