@@ -62,7 +62,8 @@ def apply(
         dense_steps: Denoising steps that stay dense: the first n, or a list of indices, negative ones from the end.
             More is slower and safer. Needs a pipeline, whose scheduler tells the step.
         dense_layers: The same for self-attention layers.
-        backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch", or "reference" (slow, for tests).
+        backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch", "reference" (slow, for tests), or of
+            other libraries "flex" and "fa4", see `fastdiff doctor`.
         layout: For a model that no family describes: a function of its forward's arguments, by name, that returns the
             `TokenLayout` of its self-attention. Called before each forward; read shapes, since contents wait for the
             device. For example, for pictures whose pixels are the tokens, behind 77 text tokens:

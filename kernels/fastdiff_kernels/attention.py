@@ -14,7 +14,9 @@ from .reference import reference
 
 # Looked up once: torch.compile cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ("auto", "triton", "torch", "reference")
+# Other libraries on the same plans, only by request.
+GUESTS = ("flex", "fa4")
+BACKENDS = ("auto", "triton", "torch", "reference", *GUESTS)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
@@ -40,7 +42,8 @@ def attention(
         key_mask: Which keys exist, bool `[batch, key tokens]`: padding that differs by sample.
         return_lse: Also return the log-sum-exp of the scores.
         backend: `"triton"` (fastest, GPUs), `"torch"` (any device, skips the same blocks), `"reference"` (dense
-            with a mask: the truth, slow), or `"auto"`: triton on a GPU where it is installed, else torch.
+            with a mask: the truth, slow), or `"auto"`: triton on a GPU where it is installed, else torch. Other
+            libraries compute the same plan in `"flex"` (FlexAttention) and `"fa4"` (FlashAttention-4): export.py.
 
     Returns:
         Output of the shape and dtype of `q`, zero where a query sees no key; with `return_lse` also the natural
@@ -49,7 +52,7 @@ def attention(
     Raises:
         InvalidInputError: If shapes, dtypes, devices or the backend's name do not fit.
         UnsupportedError: If the backend cannot take this dtype, device or head dim.
-        MissingDependencyError: If triton is asked for and not installed.
+        MissingDependencyError: If triton or FlashAttention-4 is asked for and not installed.
     """
     if not torch.compiler.is_compiling():
         check_call(q, k, v, plan, key_mask)
@@ -57,6 +60,10 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
         out, lse = reference(q, k, v, plan.to(q.device), scale, key_mask)
+    elif chosen in GUESTS:
+        from . import export
+
+        out, lse = getattr(export, chosen)(q, k, v, plan.to(q.device), scale, key_mask, return_lse)
     else:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         # The Triton backward starts from the log-sum-exp, the portable one computes it anew.
@@ -68,17 +75,19 @@ def attention(
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that will run: `"triton"`, `"torch"` or `"reference"`.
+    """The backend that will run: any of `BACKENDS` but `"auto"`.
 
     Raises:
         InvalidInputError: If there is no such backend.
         UnsupportedError: If it was asked for by name and cannot run here.
-        MissingDependencyError: If triton is asked for and not installed.
+        MissingDependencyError: If triton or FlashAttention-4 is asked for and not installed.
     """
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
     if backend in ("torch", "reference"):
         return backend
+    if backend in GUESTS:
+        return _check_guest(backend, device, dtype)
     if backend == "auto" and (device.type != "cuda" or not _HAS_TRITON):
         return "torch"
     if not _HAS_TRITON:
@@ -99,6 +108,22 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
     )
 
 
+def _check_guest(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if backend == "fa4":
+        from .export import fa4_version
+
+        if fa4_version() is None:
+            raise MissingDependencyError("backend 'fa4' needs FlashAttention-4: pip install flash-attn-4.")
+    devices = {"flex": ("cuda", "cpu"), "fa4": ("cuda",)}[backend]
+    dtypes = {"flex": TRITON_DTYPES, "fa4": (torch.float16, torch.bfloat16)}[backend]
+    if device.type not in devices or dtype not in dtypes:
+        raise UnsupportedError(
+            f"backend {backend!r} got {dtype} on {device.type}; it takes {', '.join(str(x)[6:] for x in dtypes)} on "
+            f"{' and '.join(devices)}. Use backend='torch' for others."
+        )
+    return backend
+
+
 def backends() -> list[tuple[str, bool, str]]:
     """Every backend as (name, can run here, why)."""
     if not _HAS_TRITON:
@@ -114,7 +139,20 @@ def backends() -> list[tuple[str, bool, str]]:
         ("triton", *triton),
         ("torch", True, default + "any device, skips what the plan skips"),
         ("reference", True, "dense with a mask: the truth for tests, slow"),
+        ("flex", True, "FlexAttention of torch, by request: compiled on a GPU, slow elsewhere"),
+        ("fa4", *_fa4()),
     ]
+
+
+def _fa4() -> tuple[bool, str]:
+    from .export import fa4_version
+
+    found = fa4_version()
+    if found is None:
+        return False, "FlashAttention-4 is not installed (pip install flash-attn-4)"
+    if not torch.cuda.is_available():
+        return False, f"FlashAttention-4 {found} found, and no GPU"
+    return True, f"FlashAttention-4 {found}, by request: plans of whole blocks"
 
 
 def _interpreted() -> bool:

@@ -1,0 +1,276 @@
+"""Plans as other libraries take them: FlexAttention's BlockMask and FlashAttention-4's block lists, and calls of both.
+
+Both count in slots: their tensors stand in the plan's token order, see `to_slots`. They are the backends `"flex"` and
+`"fa4"` of `attention`, which never chooses them by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from .block_list import BlockList
+from .errors import MissingDependencyError, UnsupportedError
+from .order import Side
+from .plan import FULL, PARTIAL, BlockPlan
+from .rule import BOX_HEADER, METRIC_HEADER, RuleKind
+
+# Built once for each plan, as long as it lives.
+_masks: weakref.WeakKeyDictionary[BlockPlan, BlockMask] = weakref.WeakKeyDictionary()
+_lists: weakref.WeakKeyDictionary[BlockPlan, FA4Lists] = weakref.WeakKeyDictionary()
+
+
+class FA4Lists(NamedTuple):
+    """Block lists by the names of FlashAttention-4's `BlockSparseTensorsTorch`; all tensors are int32.
+
+    Attributes:
+        mask_block_cnt: How many key blocks of each query block are tested, `[1, lists, query blocks]`.
+        mask_block_idx: Which, ascending, `[1, lists, query blocks, longest row]`; what is beyond the count is unused.
+        full_block_cnt, full_block_idx: The same of key blocks computed whole.
+        block_size: Queries and keys of a block.
+    """
+
+    mask_block_cnt: torch.Tensor
+    mask_block_idx: torch.Tensor
+    full_block_cnt: torch.Tensor
+    full_block_idx: torch.Tensor
+    block_size: tuple[int, int]
+
+
+def to_slots(x: torch.Tensor, side: Side) -> torch.Tensor:
+    """Tokens `[batch, tokens, heads, ...]` in the order of one side of a plan, `[batch, slots, heads, ...]`.
+
+    Padding repeats token 0. It is differentiable.
+    """
+    return _pick(x, side.order.clamp(min=0).long())
+
+
+def from_slots(x: torch.Tensor, side: Side) -> torch.Tensor:
+    """Slots back to tokens, `[batch, slots, heads, ...]` to `[batch, tokens, heads, ...]`; differentiable."""
+    order = torch.where(side.order < 0, side.tokens, side.order).long()
+    return _pick(x, order.argsort(dim=1)[:, : side.tokens])
+
+
+def flex_block_mask(plan: BlockPlan, key_mask: torch.Tensor | None = None) -> BlockMask:
+    """A plan for `flex_attention`, over tensors in the plan's order.
+
+    Its `mask_mod` is the plan's whole truth, so that it also holds where FlexAttention ignores block lists, as its
+    uncompiled form does.
+
+    Args:
+        plan: On the device of the tensors.
+        key_mask: Which keys exist, bool `[batch, key tokens]`; every block is then tested.
+
+    Returns:
+        A mask for `[batch, heads, slots, head_dim]`, with the plan's block sizes.
+    """
+    full, partial = plan.full, plan.partial
+    sees, state = _pair_test(plan), _states(plan)
+    if key_mask is None:
+
+        def mask_mod(b, h, q, k):
+            return sees(h, q, k, _of_head(state, h)[q // plan.query.block, k // plan.key.block])
+    else:
+        exists = to_slots(key_mask[..., None].expand(-1, -1, plan.key.order.shape[0]), plan.key).transpose(1, 2)
+        full, partial = BlockList.from_mask(torch.zeros_like(state, dtype=torch.bool)), BlockList.from_mask(state != 0)
+
+        def mask_mod(b, h, q, k):
+            seen = sees(h, q, k, _of_head(state, h)[q // plan.query.block, k // plan.key.block])
+            return seen & (exists[b, h, k] if exists.shape[1] > 1 else exists[b, 0, k])
+
+    counts, indices = _rows(partial, plan.key_blocks)
+    return BlockMask.from_kv_blocks(
+        counts, indices, *_rows(full, plan.key_blocks), BLOCK_SIZE=(plan.query.block, plan.key.block),
+        mask_mod=mask_mod, seq_lengths=(plan.query.slots, plan.key.slots),
+    )  # fmt: skip
+
+
+def fa4_lists(plan: BlockPlan) -> FA4Lists:
+    """A plan for FlashAttention-4, over tensors in the plan's order that end with their last token.
+
+    FlashAttention-4 takes an in-block rule as code of its own language only, so this is for plans whose blocks are all
+    whole but for the end of the sequence.
+
+    Raises:
+        UnsupportedError: If a block has pairs that are not computed, or padding stands anywhere but at the end.
+    """
+    for name, side in (("query", plan.query), ("key", plan.key)):
+        tokens = side.order[:, : side.tokens]
+        if bool((tokens < 0).any()):
+            raise UnsupportedError(
+                f"the {name} side of this plan has padding between its {side.tokens} tokens, which FlashAttention-4 "
+                "could hide only by a rule of its own; use an order without padding, or another backend."
+            )
+    for head in range(plan.heads or 1):
+        exists = (plan.key.order[head % plan.key.order.shape[0]] >= 0).unflatten(0, (-1, plan.key.block))
+        asks = (plan.query.order[head % plan.query.order.shape[0]] >= 0).unflatten(0, (-1, plan.query.block))
+        for row in range(plan.query_blocks):
+            hidden = ~plan.partial_mask(head, row) & exists[plan.row(plan.partial, head % plan.lists, row)]
+            if bool(hidden[asks[row]].any()):
+                raise UnsupportedError(
+                    f"a {plan.rule.kind.name} rule decides inside the blocks of this plan, and FlashAttention-4 gets "
+                    "whole blocks only; use a method or mode of whole blocks, or another backend."
+                )
+    return FA4Lists(
+        *_rows(plan.partial, plan.longest_row), *_rows(plan.full, plan.longest_row),
+        block_size=(plan.query.block, plan.key.block),
+    )  # fmt: skip
+
+
+def flex(
+    q, k, v, plan: BlockPlan, scale: float, key_mask, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention` by FlexAttention, compiled on a GPU; elsewhere it makes all scores. Gradients on GPUs alone.
+
+    Raises:
+        UnsupportedError: In code that is being compiled, or if a gradient is wanted where FlexAttention has none.
+    """
+    _refuse_tracing("flex")
+    if q.device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise UnsupportedError(
+            f"FlexAttention has no gradients on {q.device.type}; use another backend to train there."
+        )
+    if key_mask is not None:
+        mask = flex_block_mask(plan, key_mask)
+    elif (mask := _masks.get(plan)) is None:
+        mask = _masks[plan] = flex_block_mask(plan)
+    slots = (to_slots(x, side).transpose(1, 2) for x, side in ((q, plan.query), (k, plan.key), (v, plan.key)))
+    call = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    out, aux = call(*slots, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    lse = from_slots(aux.lse.transpose(1, 2), plan.query).transpose(1, 2) if return_lse else None
+    return from_slots(out.transpose(1, 2), plan.query), lse
+
+
+def fa4(q, k, v, plan: BlockPlan, scale: float, key_mask, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention` by FlashAttention-4, which needs the distribution flash-attn-4 and a Hopper or Blackwell GPU.
+
+    Which block sizes it takes depends on its release, GPU and head dim; it says so itself. Its call is written from
+    its interface of release 4.0.0b36 and was not run.
+
+    Raises:
+        MissingDependencyError: If flash-attn-4 is not installed.
+        UnsupportedError: As `fa4_lists`, and for a key mask, a gradient, or code that is being compiled.
+    """
+    _refuse_tracing("fa4")
+    if fa4_version() is None:
+        raise MissingDependencyError("backend 'fa4' needs FlashAttention-4: pip install flash-attn-4.")
+    if key_mask is not None:
+        raise UnsupportedError("backend 'fa4' takes no key_mask; use backend='triton'.")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise UnsupportedError("backend 'fa4' has no backward pass here; use backend='triton' to train.")
+    if (lists := _lists.get(plan)) is None:
+        lists = _lists[plan] = fa4_lists(plan)
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    slots = (to_slots(x, side)[:, : side.tokens] for x, side in ((q, plan.query), (k, plan.key), (v, plan.key)))
+    tensors = BlockSparseTensorsTorch(**lists._asdict())
+    out, lse, *_ = flash_attn_func(*slots, softmax_scale=scale, block_sparse_tensors=tensors, return_lse=True)
+    out = from_slots(out, plan.query)
+    return out, from_slots(lse.transpose(1, 2), plan.query).transpose(1, 2) if return_lse else None
+
+
+def fa4_version() -> str | None:
+    """The installed release of FlashAttention-4, None where there is none."""
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _refuse_tracing(backend: str) -> None:
+    if torch.compiler.is_compiling():
+        raise UnsupportedError(f"backend {backend!r} cannot be traced by torch.compile; use backend='triton' there.")
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _pick(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Rows `place`, `[1 or heads, n]`, of the second dimension of `[batch, m, heads, ...]`."""
+    if place.shape[0] == 1:
+        return x.index_select(1, place[0])
+    place = place.t().reshape(1, place.shape[1], place.shape[0], *[1] * (x.dim() - 3))
+    return x.gather(1, place.expand(x.shape[0], -1, -1, *x.shape[3:]))
+
+
+def _rows(blocks: BlockList, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts `[1, lists, rows]` and the key blocks of each row, ascending and first, `[1, lists, rows, width]`."""
+    counts = blocks.counts
+    places = torch.arange(len(blocks.indices), device=counts.device)
+    row = torch.repeat_interleave(counts.flatten().long())
+    starts = counts.flatten().cumsum(0) - counts.flatten()
+    indices = counts.new_zeros(counts.numel(), width)
+    indices[row, places - starts[row]] = blocks.indices
+    return counts[None].contiguous(), indices.view(1, *counts.shape, width)
+
+
+def _states(plan: BlockPlan) -> torch.Tensor:
+    """EMPTY, PARTIAL or FULL of every pair of blocks, int32 `[lists, query blocks, key blocks]`."""
+    full, partial = (blocks.mask(plan.key_blocks).int() for blocks in (plan.full, plan.partial))
+    return full * FULL + partial * PARTIAL
+
+
+def _of_head(x: torch.Tensor, head):
+    """What is for one head, of a tensor `[1 or heads, ...]`."""
+    return x[head] if x.shape[0] > 1 else x[0]
+
+
+def _pair_test(plan: BlockPlan) -> Callable:
+    """(head, query slot, key slot, state of their blocks) -> whether the pair is computed, element by element."""
+    rule, q_table, k_table = _rule_test(plan), plan.query.table, plan.key.table
+
+    def sees(h, q, k, state):
+        query, span = _of_head(q_table, h)[q], _of_head(k_table, h)[k, 3]
+        whole, by_rule = (query[3] & span) != 0, (query[4] & span) != 0
+        pair = whole | (by_rule & rule(h, q, k))
+        return (state == FULL) | ((state == PARTIAL) & pair)
+
+    return sees
+
+
+def _rule_test(plan: BlockPlan) -> Callable:
+    kind, parameters, q_table, k_table = plan.rule.kind, plan.rule.parameters, plan.query.table, plan.key.table
+    if kind == RuleKind.METRIC:
+        a, b, sink_frames, _ = parameters[:METRIC_HEADER].tolist()
+        limits = plan.rule.limits()
+
+        def metric(h, q, k):
+            query, key = _of_head(q_table, h)[q], _of_head(k_table, h)[k]
+            dt, dy, dx = (query[axis] - key[axis] for axis in range(3))
+            return (a * dy * dy + b * dx * dx < limits[dt.abs()]) | (key[0] < sink_frames)
+
+        return metric
+    if kind == RuleKind.BOX:
+        tables = [plan.rule.axis_tables(axis) for axis in range(BOX_HEADER)]
+
+        def box(h, q, k):
+            query, key = _of_head(q_table, h)[q], _of_head(k_table, h)[k]
+            inside = key[0] >= 0
+            for axis, (first, last) in enumerate(tables):
+                # Tokens that no rule is for, of a reference image say, may stand beyond the tables.
+                place = query[axis].clamp(max=len(first) - 1)
+                inside = inside & (first[place] <= key[axis]) & (key[axis] <= last[place])
+            return inside
+
+        return box
+    if kind == RuleKind.BITS:
+        words = plan.bits.new_zeros(plan.lists, plan.query_blocks, plan.key_blocks)
+        words[plan.partial.mask(plan.key_blocks)] = plan.bits
+        q_side, k_side, columns = parameters.tolist()
+        block_q, block_k = plan.query.block, plan.key.block
+
+        def bits(h, q, k):
+            place = (q % block_q) // q_side * columns + (k % block_k) // k_side
+            return ((_of_head(words, h)[q // block_q, k // block_k] >> place) & 1) != 0
+
+        return bits
+    return lambda h, q, k: k >= 0
