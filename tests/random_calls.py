@@ -93,9 +93,10 @@ class Call:
 
 def draw_call(variant: Variant, rng: Random, most: int, device: str, *, positive: bool = False) -> Call:
     """A call of at most about `most` tokens; `positive` leaves negative scales out."""
-    heads = rng.randint(2, 4) if variant.by_head else rng.randint(1, 4)
+    crowd = 4 if most > 100 else 2
+    heads = rng.randint(2 if variant.by_head else 1, crowd)
     plan = draw_plan(variant, rng, heads, most).to(device)
-    batch = rng.randint(1, 3)
+    batch = rng.randint(1, crowd - 1)
     q, k, v = (
         draw_tensor(rng, batch, tokens, heads, variant.head_dim, variant.dtype, device)
         for tokens in (plan.query_tokens, plan.key_tokens, plan.key_tokens)

@@ -17,7 +17,7 @@ from fastdiff_kernels.tuning import hopper_kernel
 ON_GPU = torch.cuda.is_available()
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if ON_GPU else "cpu"
-MOST = 600 if ON_GPU else 60
+MOST = 600 if ON_GPU else 50
 SHAPES = 1000
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
