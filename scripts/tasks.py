@@ -44,6 +44,7 @@ SEES_DIFFUSERS = (
     "seed",
     "steps",
     "video_families",
+    "video_pipelines",
 )
 
 

@@ -54,8 +54,8 @@ def common(text: int = 8, width: int = 32) -> dict[str, Any]:
     }
 
 
-def tiny_wan_vace() -> nn.Module:
-    return wan_relative("WanVACETransformer3DModel", vace_layers=[0, 1], vace_in_channels=6)
+def tiny_wan_vace(control_channels: int = 6) -> nn.Module:
+    return wan_relative("WanVACETransformer3DModel", vace_layers=[0, 1], vace_in_channels=control_channels)
 
 
 def wan_vace_inputs(*grid: int) -> dict[str, Any]:
@@ -134,10 +134,10 @@ def motif_video_inputs(*grid: int) -> dict[str, Any]:
     return inputs | {"image_embeds": noise(1, 2, 8, seed=3)}
 
 
-def tiny_hunyuan_video15() -> nn.Module:
+def tiny_hunyuan_video15(in_channels: int = 4) -> nn.Module:
     model = build(
         "HunyuanVideo15Transformer3DModel",
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -300,14 +300,14 @@ def allegro_inputs(*grid: int) -> dict[str, Any]:
     return {"hidden_states": latents(grid), "image_rotary_emb": (tables, positions), **common()}
 
 
-def tiny_latte(frames: int = 3) -> nn.Module:
-    """Its temporal blocks, which mix the frames of one place, add nothing."""
+def tiny_latte(out_channels: int = 4) -> nn.Module:
+    """For 3 frames, or one. Its temporal blocks, which mix the frames of one place, add nothing."""
     model = build(
         "LatteTransformer3DModel",
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
-        out_channels=4,
+        out_channels=out_channels,
         num_layers=2,
         cross_attention_dim=32,
         sample_size=8,
@@ -317,7 +317,7 @@ def tiny_latte(frames: int = 3) -> nn.Module:
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         caption_channels=32,
-        video_length=frames,
+        video_length=3,
     )
     for block in model.temporal_transformer_blocks:
         for parameter in block.attn1.to_out.parameters():
