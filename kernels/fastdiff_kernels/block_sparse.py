@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .kernel_rule import BOX_PARAMETERS, DISC, MIXED_BITS
 from .plan import BlockPlan
+from .reorder import gather
 from .rule import METRIC_HEADER, RuleKind
 from .tuning import forward_tile, shared_memory_of
 
@@ -232,7 +233,7 @@ def forward(
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens) if return_lse else (1,), dtype=torch.float32, device=q.device)
-    k, v = (in_order(x, plan.key.order) for x in (k, v))
+    k, v = gather((k, plan.key.order), (v, plan.key.order))
     if key_mask is not None:
         key_mask = mask_in_order(key_mask, plan.key.order)
 

@@ -17,8 +17,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_sparse import COUNTS, head_step, in_order, pairs_seen, word_of
+from .block_sparse import COUNTS, head_step, pairs_seen, word_of
 from .plan import BlockPlan
+from .reorder import gather
 
 BLOCK = 128
 _HALF = gl.constexpr(BLOCK // 2)
@@ -259,8 +260,8 @@ def forward(
     rule, slots, tile = plan.kernel_rule, plan.key.slots, [BLOCK, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16)
     keys, values = (
-        TensorDescriptor.from_tensor(in_order(x, plan.key.order).reshape(batch * slots, heads * head_dim), tile, layout)
-        for x in (k, v)
+        TensorDescriptor.from_tensor(x.view(batch * slots, heads * head_dim), tile, layout)
+        for x in gather((k, plan.key.order), (v, plan.key.order))
     )
     _forward_kernel[(plan.query_blocks, batch * heads)](
         q, keys, values, out, lse, plan.query.order, rule.query, rule.key, plan.launch_order,
