@@ -43,8 +43,9 @@ def apply(
     pipe_or_model: T,
     config: MethodConfig | dict[str, Any] | str | Path,
     *,
-    dense_steps: int | list[int] = 0,
-    dense_layers: int | list[int] = 0,
+    dense_steps: int | float | list[int] = 0,
+    dense_layers: int | float | list[int] = 0,
+    schedule: DenseSchedule | None = None,
     backend: str = "auto",
     layout: Callable[[Mapping[str, Any]], TokenLayout] | None = None,
     modules: str | None = None,
@@ -59,9 +60,10 @@ def apply(
             `unet`), or such a model alone.
         config: The method and its settings, for example `RadialConfig(decay_factor=0.2)`
             (Radial Attention, arXiv 2506.19852), or the same as a dict, as JSON text or as the path of a JSON file.
-        dense_steps: Denoising steps that stay dense: the first n, or a list of indices, negative ones from the end.
-            More is slower and safer. Needs a pipeline, whose scheduler tells the step.
+        dense_steps: Denoising steps that stay dense: the first n, a first share of all (`0.25`), or a list of indices,
+            negative ones from the end. More is slower and safer. Needs a pipeline, whose scheduler tells the step.
         dense_layers: The same for self-attention layers.
+        schedule: Both at once, and what else a `DenseSchedule` can say: the last steps, every n-th step.
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch", "reference" (slow, for tests), or of
             other libraries "flex" and "fa4", see `fastdiff doctor`.
         layout: For a model that no family describes: a function of its forward's arguments, by name, that returns the
@@ -85,7 +87,8 @@ def apply(
 
     from .methods import planner_for
 
-    settings = replace(settings_from(config, dense_steps, dense_layers, backend), layout=layout, modules=modules)
+    settings = settings_from(config, dense_steps, dense_layers, backend, schedule)
+    settings = replace(settings, layout=layout, modules=modules)
     pipe = pipeline_of(pipe_or_model, settings)
     models = locate.transformers(pipe_or_model)
     planner = planner_for(settings.config)
@@ -162,8 +165,8 @@ def pipeline_of(pipe_or_model: Any, settings: Settings) -> Any | None:
     name = type(pipe_or_model).__name__
     if settings.schedule.uses_steps:
         raise InvalidInputError(
-            f"dense_steps is {settings.schedule.steps!r} and {name} has no scheduler to tell the step; give the "
-            "pipeline instead of the model, or leave dense_steps out."
+            f"{settings.schedule} names steps and {name} has no scheduler to tell the step; give the pipeline instead "
+            "of the model, or leave steps out."
         )
     if settings.config.uses_steps:
         raise InvalidInputError(
@@ -188,11 +191,13 @@ def attach(model: nn.Module, settings: Settings, planner: Planner, pipe: Any | N
     )
 
 
-def settings_from(config: Any, dense_steps: Any, dense_layers: Any, backend: str) -> Settings:
+def settings_from(
+    config: Any, dense_steps: Any, dense_layers: Any, backend: str, schedule: DenseSchedule | None = None
+) -> Settings:
     """Checks what a user gave.
 
     Raises:
-        InvalidInputError: If one of them is out of range.
+        InvalidInputError: If one of them is out of range, or what stays dense is said twice.
     """
     from fastdiff_kernels.attention import BACKENDS
 
@@ -200,7 +205,13 @@ def settings_from(config: Any, dense_steps: Any, dense_layers: Any, backend: str
 
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
-    return Settings(load_config(config), DenseSchedule(dense_steps, dense_layers), backend)
+    told = DenseSchedule(dense_steps, dense_layers)
+    if schedule is not None and (not isinstance(schedule, DenseSchedule) or told != DenseSchedule()):
+        raise InvalidInputError(
+            f"schedule is {schedule!r} beside dense_steps={dense_steps!r} and dense_layers={dense_layers!r}; give a "
+            "DenseSchedule alone, or those two."
+        )
+    return Settings(load_config(config), told if schedule is None else schedule, backend)
 
 
 def _shared(pipe: Any | None, model: nn.Module, settings: Settings) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .methods.base import MethodConfig
+    from .schedule import DenseSchedule
 
 _DOORS = (
     "Use pipe.transformer.set_attn_processor(fastdiff.processors(pipe, config, dense_steps=...)), or "
@@ -31,8 +32,9 @@ def processors(
     pipe_or_model: Any,
     config: MethodConfig | dict[str, Any] | str | Path,
     *,
-    dense_steps: int | list[int] = 0,
-    dense_layers: int | list[int] = 0,
+    dense_steps: int | float | list[int] = 0,
+    dense_layers: int | float | list[int] = 0,
+    schedule: DenseSchedule | None = None,
     backend: str = "auto",
     component: str | None = None,
 ) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def processors(
         config: The method, as for `fastdiff.apply`.
         dense_steps: Denoising steps that stay dense, as for `fastdiff.apply`. Needs a pipeline.
         dense_layers: Layers that stay dense.
+        schedule: Both at once, and what else a `DenseSchedule` can say.
         backend: "auto", "triton", "torch" or "reference".
         component: Which of a pipeline's two transformers (Wan 2.2), "transformer" or "transformer_2"; each needs a
             dict of its own. Left out where a pipeline has one model.
@@ -59,7 +62,7 @@ def processors(
             without a pipeline, or the component is not clear.
         UnsupportedError: If the model has no `set_attn_processor` or its family is not described.
     """
-    settings = settings_from(config, dense_steps, dense_layers, backend)
+    settings = settings_from(config, dense_steps, dense_layers, backend, schedule)
     pipe = pipeline_of(pipe_or_model, settings)
     model = _component(pipe_or_model, component)
     if not hasattr(model, "attn_processors"):

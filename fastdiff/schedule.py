@@ -9,36 +9,47 @@ from typing import Any
 
 from fastdiff_kernels import InvalidInputError
 
-Choice = int | tuple[int, ...]
+Choice = int | float | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class DenseSchedule:
-    """Denoising steps and layers that keep dense attention; a layer is sparse where neither names it.
+    """Denoising steps and layers that keep dense attention; a layer is sparse where nothing here names it.
 
     More dense steps and layers are slower and safer. The first steps settle the composition, so papers keep about
     a quarter of them dense (Radial Attention, arXiv 2506.19852: 12 of 50, and the first layer).
 
     Args:
-        steps: A number n for the first n steps, or the indices of single steps; negative ones count from the
-            end (`[0, 1, -1]`: the first two and the last). With two experts (Wan 2.2) steps are counted through.
+        first_steps: A whole number n for the first n steps, a share of all steps between 0 and 1 (`0.25`: the first
+            quarter, rounded to whole steps), or the indices of single steps; negative ones count from the end
+            (`[0, 1, -1]`: the first two and the last). With two experts (Wan 2.2) steps are counted through.
         layers: The same for self-attention layers, in the order in which the model holds them.
+        last_steps: A whole number n for the last n steps, or a share of all steps.
+        every: Every n-th step, counted from the first (`5`: steps 0, 5, 10 and so on); 0 for none.
 
     Raises:
-        InvalidInputError: If a number n is negative, or one is neither a whole number nor a list of whole numbers.
+        InvalidInputError: If a number is out of range or of another kind.
     """
 
-    steps: Choice = 0
+    first_steps: Choice = 0
     layers: Choice = 0
+    last_steps: int | float = 0
+    every: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "steps", _choice("dense_steps", self.steps))
+        object.__setattr__(self, "first_steps", _choice("dense_steps", self.first_steps))
         object.__setattr__(self, "layers", _choice("dense_layers", self.layers))
+        object.__setattr__(self, "last_steps", _choice("last_steps", self.last_steps))
+        object.__setattr__(self, "every", _choice("every", self.every))
+        if isinstance(self.last_steps, tuple):
+            raise InvalidInputError(f"last_steps is {list(self.last_steps)}; give a number of steps or a share of all.")
+        if not isinstance(self.every, int) or self.every == 1:
+            raise InvalidInputError(f"every is {self.every}; give a whole number of 2 or more, or 0 for none.")
 
     @property
     def uses_steps(self) -> bool:
         """Whether any step is kept dense."""
-        return bool(self.steps)
+        return bool(self.first_steps or self.last_steps or self.every)
 
     def is_dense(self, step: int | None, steps: int | None, layer: int, layers: int) -> bool:
         """Whether a layer stays dense at a step; outside a denoising run (`step` is None) only layers count."""
@@ -48,7 +59,8 @@ class DenseSchedule:
         return _named(self.layers, layer, layers)
 
     def is_dense_step(self, step: int, steps: int) -> bool:
-        return _named(self.steps, step, steps)
+        last = step >= steps - _count(self.last_steps, steps)
+        return last or _named(self.first_steps, step, steps) or (self.every > 0 and step % self.every == 0)
 
     def check_layers(self, layers: int) -> None:
         """Compares the layers named here with how many a model has.
@@ -64,12 +76,14 @@ class DenseSchedule:
         Raises:
             InvalidInputError: If the run lacks one.
         """
-        _check_range("dense_steps", self.steps, steps, f"this run has {steps} steps")
+        _check_range("dense_steps", self.first_steps, steps, f"this run has {steps} steps")
+        _check_range("last_steps", self.last_steps, steps, f"this run has {steps} steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: `{"dense_steps": 12, "dense_layers": [0, -1]}`."""
-        plain = ((name, getattr(self, name)) for name in ("steps", "layers"))
-        return {f"dense_{name}": value if isinstance(value, int) else list(value) for name, value in plain}
+        """As JSON has it: `{"dense_steps": 12, "dense_layers": [0, -1]}`, the rest only where it is set."""
+        kept = {key: getattr(self, name) for key, name in _KEYS.items()}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+        return {key: value for key, value in plain.items() if value or key in ("dense_steps", "dense_layers")}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DenseSchedule:
@@ -78,10 +92,18 @@ class DenseSchedule:
         Raises:
             InvalidInputError: If there is another key.
         """
-        unknown = sorted(set(data) - {"dense_steps", "dense_layers"})
+        unknown = sorted(set(data) - set(_KEYS))
         if unknown:
-            raise InvalidInputError(f"a schedule has no {', '.join(unknown)}; it takes dense_steps and dense_layers.")
-        return cls(data.get("dense_steps", 0), data.get("dense_layers", 0))
+            raise InvalidInputError(f"a schedule has no {', '.join(unknown)}; it takes {', '.join(_KEYS)}.")
+        return cls(**{_KEYS[key]: value for key, value in data.items()})
+
+
+_KEYS = {
+    "dense_steps": "first_steps",
+    "dense_layers": "layers",
+    "dense_last_steps": "last_steps",
+    "dense_every": "every",
+}
 
 
 def _choice(name: str, given: Any) -> Choice:
@@ -90,6 +112,8 @@ def _choice(name: str, given: Any) -> Choice:
         if single < 0:
             raise InvalidInputError(f"{name} is {given}; give 0 or more, or a list such as [-1] for the last.")
         return single
+    if isinstance(given, float) and 0 < given < 1:
+        return given
     if isinstance(given, Iterable) and not isinstance(given, str | bytes | dict):
         entries = list(given)
         indices = [_whole(entry) for entry in entries]
@@ -97,13 +121,13 @@ def _choice(name: str, given: Any) -> Choice:
             return tuple(sorted(set(indices), key=lambda index: (index < 0, index)))
         given = entries
     raise InvalidInputError(
-        f"{name} is {given!r}; give a whole number (the first n) or a list of whole numbers (indices, negative ones "
-        "from the end)."
+        f"{name} is {given!r}; give a whole number (the first n), a share between 0 and 1, or a list of whole numbers "
+        "(indices, negative ones from the end)."
     )
 
 
 def _check_range(name: str, choice: Choice, total: int, has: str) -> None:
-    if isinstance(choice, int):
+    if not isinstance(choice, tuple):
         if choice > total:
             raise InvalidInputError(f"{name} is {choice}; {has}. Give less.")
         return
@@ -122,6 +146,10 @@ def _whole(value: Any) -> int | None:
 
 
 def _named(choice: Choice, index: int, total: int) -> bool:
-    if isinstance(choice, int):
-        return index < choice
-    return index in choice or index - total in choice
+    if isinstance(choice, tuple):
+        return index in choice or index - total in choice
+    return index < _count(choice, total)
+
+
+def _count(choice: int | float, total: int) -> int:
+    return round(choice * total) if isinstance(choice, float) else choice

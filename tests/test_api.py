@@ -145,6 +145,25 @@ def test_after_the_first_pipeline_is_gone_another_may_apply():
     assert fastdiff.summary(other).models[0].config == WIDE.to_dict()
 
 
+def test_a_schedule_says_more_than_the_first_steps(pipe):
+    dense = video(pipe, steps=5)
+    fastdiff.apply(pipe, NARROW, schedule=fastdiff.DenseSchedule(0.4, last_steps=2, every=2))
+    assert torch.equal(video(pipe, steps=5), dense), "0 and 1, 3 and 4, and 2"
+    fastdiff.apply(pipe, NARROW, schedule=fastdiff.DenseSchedule(last_steps=2, every=2))
+    assert not torch.allclose(video(pipe, steps=5), dense, atol=1e-4)
+    assert fastdiff.summary(pipe).models[0].schedule["dense_every"] == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"schedule": fastdiff.DenseSchedule(1), "dense_steps": 1}, {"schedule": 3}],
+    ids=["twice", "a number"],
+)
+def test_what_stays_dense_is_said_once(pipe, given):
+    with pytest.raises(InvalidInputError, match="give a DenseSchedule alone"):
+        fastdiff.apply(pipe, NARROW, **given)
+
+
 def test_a_bare_model_takes_no_dense_steps(model):
     with pytest.raises(InvalidInputError, match="no scheduler to tell the step"):
         fastdiff.apply(model, NARROW, dense_steps=1)

@@ -121,6 +121,11 @@ class TestGenerate:
         assert found["seconds_per_step"] > 0
         assert {"python", "torch", "diffusers", "fastdiff"} <= found["versions"].keys()
 
+    def test_a_share_of_the_steps_stays_dense(self, model, capsys, tmp_path):
+        words = ["generate", "--model", model, *SMALL, "--config", BLOCKS, "--dense-steps", "0.5", "--json"]
+        assert cli.main([*words, "--output", str(tmp_path / "clip.mp4")]) == 0
+        assert json.loads(capsys.readouterr().out)["dense_steps"] == 1
+
     def test_a_seed_names_a_video(self, model, tmp_path):
         seeds = {"a": "1", "b": "1", "c": "2"}
         for name, seed in seeds.items():
@@ -176,6 +181,7 @@ class TestBadInput:
             (["--prompt", " "], "empty"),
             (["--method", "magic"], "allowed are"),
             (["--dense-steps", "some"], "indices"),
+            (["--dense-steps", "1.5"], "share such as 0.25"),
             (["--dense-layers", "5"], "2 layers"),
             (["--dense-steps", "3"], "2 steps"),
             (["--dense-steps", "0,2"], "2 steps"),

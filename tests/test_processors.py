@@ -57,6 +57,12 @@ class TestDict:
         assert all(pipe.transformer.attn_processors[name] is original for name, original in originals.items())
         assert not pipe.transformer._forward_pre_hooks
 
+    def test_a_schedule(self, pipe):
+        schedule = fastdiff.DenseSchedule(last_steps=1)
+        expected = applied(pipe, schedule=schedule)
+        pipe.transformer.set_attn_processor(fastdiff.processors(pipe, NARROW, schedule=schedule))
+        assert torch.equal(video(pipe), expected)
+
     def test_each_expert_needs_its_own(self):
         pipe = tiny_wan_pipeline(two_experts=True)
         expected = applied(pipe, steps=6, dense_steps=1)

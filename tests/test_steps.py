@@ -144,7 +144,17 @@ def test_pipelines_that_share_a_model_share_a_scheduler():
 
 @pytest.mark.parametrize(
     ("steps", "dense"),
-    [(0, []), (2, [0, 1]), ([0, -1], [0, 4]), ([3], [3]), (range(1, 3), [1, 2]), (9, [0, 1, 2, 3, 4]), ([7], [])],
+    [
+        (0, []),
+        (2, [0, 1]),
+        ([0, -1], [0, 4]),
+        ([3], [3]),
+        (range(1, 3), [1, 2]),
+        (9, [0, 1, 2, 3, 4]),
+        ([7], []),
+        (0.4, [0, 1]),
+        (0.05, []),
+    ],
 )
 def test_schedule(steps, dense):
     schedule = DenseSchedule(steps)
@@ -153,7 +163,42 @@ def test_schedule(steps, dense):
     assert DenseSchedule.from_dict(schedule.to_dict()) == schedule
 
 
-@pytest.mark.parametrize("steps", [-1, True, 1.5, "3", None, [0, 1.0], [True], {0: 1}])
+@pytest.mark.parametrize(
+    ("named", "dense"),
+    [
+        ({"last_steps": 2}, [10, 11]),
+        ({"last_steps": 0.25}, [9, 10, 11]),
+        ({"every": 5}, [0, 5, 10]),
+        ({"first_steps": 0.25, "last_steps": 1, "every": 4}, [0, 1, 2, 4, 8, 11]),
+        ({"first_steps": [3], "every": 6}, [0, 3, 6]),
+        ({"last_steps": 20}, list(range(12))),
+    ],
+)
+def test_the_last_steps_and_every_nth(named, dense):
+    schedule = DenseSchedule(**named)
+    assert schedule.uses_steps
+    assert [step for step in range(12) if schedule.is_dense_step(step, 12)] == dense
+    assert DenseSchedule.from_dict(schedule.to_dict()) == schedule
+
+
+def test_a_share_of_the_layers():
+    schedule = DenseSchedule(layers=0.3)
+    assert [layer for layer in range(10) if schedule.is_dense(None, None, layer, 10)] == [0, 1, 2]
+    assert not schedule.uses_steps
+    assert schedule.to_dict() == {"dense_steps": 0, "dense_layers": 0.3}
+
+
+@pytest.mark.parametrize(
+    "named",
+    [{"last_steps": [1]}, {"last_steps": -1}, {"last_steps": 1.5}, {"every": 1}, {"every": 0.5}, {"every": [2]}],
+    ids=str,
+)
+def test_bad_ends_and_strides_are_refused(named):
+    with pytest.raises(InvalidInputError, match=f"{next(iter(named))} is"):
+        DenseSchedule(**named)
+
+
+@pytest.mark.parametrize("steps", [-1, True, 1.5, 1.0, 0.0, "3", None, [0, 1.0], [True], {0: 1}])
 def test_bad_schedules_are_refused(steps):
     with pytest.raises(InvalidInputError, match="dense_steps is"):
         DenseSchedule(steps)
@@ -167,6 +212,12 @@ def test_layers_that_a_model_lacks_are_refused(layers):
         DenseSchedule(0, layers).check_layers(3)
     with pytest.raises(InvalidInputError, match="this run has 3 steps"):
         DenseSchedule(layers).check_steps(3)
+
+
+def test_more_last_steps_than_a_run_has_are_refused():
+    with pytest.raises(InvalidInputError, match="last_steps is 4; this run has 3 steps"):
+        DenseSchedule(last_steps=4).check_steps(3)
+    DenseSchedule(0.5, last_steps=0.5).check_steps(3)
 
 
 def test_unknown_schedule_keys_are_refused():

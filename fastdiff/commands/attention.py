@@ -139,6 +139,8 @@ def warm_up_sparse(pipe: Any, job: Job, config: Any) -> None:
 def _dense_steps(request: Request, job: Job, config: Any) -> int | list[int]:
     from fastdiff import DenseSchedule
 
+    if isinstance(request.dense_steps, float):
+        return round(request.dense_steps * job.steps)
     if request.dense_steps is not None:
         DenseSchedule(request.dense_steps).check_steps(job.steps)
         return request.dense_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,8 @@ Seed = Annotated[int | None, typer.Option(help="Of the noise: the same seed give
 DenseSteps = Annotated[
     str | None,
     typer.Option(
-        help="Steps that stay dense: the first N, or indices such as 0,1,-1. More is slower and safer. "
+        help="Steps that stay dense: the first N, a share such as 0.25, or indices such as 0,1,-1. More is slower and "
+        "safer. "
         "By default a share of them for embedded models, none for others and for agent, which has steps of its own."
     ),
 ]
@@ -68,8 +70,8 @@ class Request:
     steps: int | None
     guidance_scale: float | None
     seed: int | None
-    dense_steps: int | list[int] | None
-    dense_layers: int | list[int]
+    dense_steps: int | float | list[int] | None
+    dense_layers: int | float | list[int]
     device: str
     dtype: str
 
@@ -210,16 +212,19 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise _invalid(f"{option} is {value!r}; allowed are {', '.join(allowed)}.")
 
 
-def _schedule(name: str, text: str | None) -> int | list[int] | None:
+def _schedule(name: str, text: str | None) -> int | float | list[int] | None:
     if text is None:
         return None
     words = [word.strip() for word in text.split(",") if word.strip()]
+    if len(words) == 1 and re.fullmatch(r"0?\.\d*[1-9]\d*", words[0]):
+        return float(words[0])
     try:
         numbers = [int(word) for word in words]
     except ValueError:
         numbers = []
     if not numbers:
         raise _invalid(
-            f"--{name.replace('_', '-')} is {text!r}; give a number (the first N) or indices such as 0,1,-1."
+            f"--{name.replace('_', '-')} is {text!r}; give a number (the first N), a share such as 0.25, or "
+            "indices such as 0,1,-1."
         )
     return numbers[0] if numbers[0] >= 0 and "," not in text else numbers
