@@ -13,6 +13,7 @@ from diffusers.pipelines.ltx import pipeline_ltx_condition
 from tiny_models import tiny_scheduler, tiny_vae
 
 import fastdiff
+from fastdiff.commands import sizes
 from fastdiff_kernels import Grid
 from fastdiff_patches.attachment import find
 
@@ -212,6 +213,10 @@ def build(name):
 @pytest.mark.parametrize("name", [name for name in PIPES if hasattr(diffusers, name)])
 def test_a_pipeline_dense_sparse_and_dense_again(name):
     pipe, draw = build(name)
+    case = PIPES[name]
+    if sizes.makes_video(pipe):
+        asked = (case.call()[name] for name in ("num_frames", "height", "width"))
+        assert sizes.grid_of(pipe, *asked) == Grid(*case.grid), "as forecast before a run"
     dense = draw()
     fastdiff.apply(pipe, WHOLE)
     torch.testing.assert_close(draw(), dense, atol=1e-4, rtol=1e-3)
@@ -221,8 +226,8 @@ def test_a_pipeline_dense_sparse_and_dense_again(name):
     torch.testing.assert_close(draw(), dense, **close)
     fastdiff.apply(pipe, NARROW, dense_steps=1)
     assert not torch.allclose(draw(), dense, atol=1e-5)
-    attached = find(getattr(pipe, PIPES[name].component))
-    assert {layout.grid for layout in attached.seen} == {Grid(*PIPES[name].grid)}
+    attached = find(getattr(pipe, case.component))
+    assert {layout.grid for layout in attached.seen} == {Grid(*case.grid)}
     assert attached.steps_seen == 3
     fastdiff.remove(pipe)
     assert torch.equal(draw(), dense)

@@ -86,7 +86,7 @@ def grid_of(pipe: Any, num_frames: int, height: int, width: int) -> Grid:
     model = unwrap(core(pipe))
     family, config = find_family(model), model.config
     patch = patch_of(config) if family is None else family.patch(config)
-    space = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", 1)
+    space = _vae_factor(pipe, "spatial")
     frames = _latent_frames(pipe, num_frames, patch[0])
     for name, value, multiple in (("height", height, space * patch[1]), ("width", width, space * patch[2])):
         if value % multiple:
@@ -101,8 +101,16 @@ def grid_of(pipe: Any, num_frames: int, height: int, width: int) -> Grid:
     return grid
 
 
+def _vae_factor(pipe: Any, axis: str) -> int:
+    """How many pixels or frames make a latent; pipelines have different names for it."""
+    names = [f"vae_scale_factor_{axis}", f"vae_{axis}_compression_ratio", f"vae_{axis}_scale_factor"]
+    if axis == "spatial":
+        names.append("vae_scale_factor")
+    return next((factor for factor in (getattr(pipe, name, None) for name in names) if factor), 1)
+
+
 def _latent_frames(pipe: Any, num_frames: int, patch: int) -> int:
-    time = getattr(pipe, "vae_scale_factor_temporal", 1)
+    time = _vae_factor(pipe, "temporal") if makes_video(pipe) else 1
     if (num_frames - 1) % time:
         low = (num_frames - 1) // time * time + 1
         raise InvalidInputError(

@@ -13,7 +13,7 @@ from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, Unsuppo
 
 from ..planner import NEEDS
 from ..video_coords import video_spans
-from .base import Family, Table, given
+from .base import Family, Table, given, patch_of
 
 
 def video_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -22,14 +22,7 @@ def video_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
         raise InvalidInputError(
             f"hidden_states is {given(video)}; the grid is read from latents [batch, channels, frames, height, width]."
         )
-    return Grid(*(size // patch for size, patch in zip(video.shape[2:], patches(config), strict=True)))
-
-
-def patches(config: Any) -> tuple[int, int, int]:
-    """Latent frames, rows and columns in a token."""
-    if isinstance(config.patch_size, int):
-        return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
-    return tuple(config.patch_size)
+    return Grid(*(size // patch for size, patch in zip(video.shape[2:], patch_of(config), strict=True)))
 
 
 def _wan_rotary(arguments: Mapping[str, Any]) -> Table | None:
@@ -94,7 +87,7 @@ def _sizes(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
     if None in sizes:
         return None
-    return Grid(*(size // step for size, step in zip(sizes, patches(config), strict=True)))
+    return Grid(*(size // step for size, step in zip(sizes, patch_of(config), strict=True)))
 
 
 def _ltx(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
@@ -152,7 +145,7 @@ def _kandinsky5(config: Any, inputs: Mapping[str, Any]) -> Grid:
         raise InvalidInputError(
             f"hidden_states is {given(video)}; the grid is read from latents [batch, frames, height, width, channels]."
         )
-    return Grid(*(size // step for size, step in zip(video.shape[1:4], patches(config), strict=True)))
+    return Grid(*(size // step for size, step in zip(video.shape[1:4], patch_of(config), strict=True)))
 
 
 def _kandinsky5_heads(attention: nn.Module) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout
 
 from ..contents import read_once
 from ..planner import NEEDS
-from .base import Family, Table, given
-from .video import patches, video_grid
+from .base import Family, Table, given, patch_of
+from .video import video_grid
 
 # Lengths of text are rounded up to a multiple, so that not every prompt has a plan of its own.
 _TEXT_STEP = 64
@@ -115,8 +115,8 @@ def _motif_block(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
     if part != "single_transformer_blocks" or int(index) < config.num_single_layers - config.num_decoder_layers:
         return layout
     # The last blocks have what the ones before have made of the video in the place of the text.
-    grid = layout.query[0]
-    spans = (grid, Span("reference", grid.tokens, grid.grid))
+    grid = layout.grid
+    spans = Span("grid", grid.tokens, grid), Span("reference", grid.tokens, grid)
     return TokenLayout(spans, spans)
 
 
@@ -126,7 +126,7 @@ def _cogvideox(config: Any, inputs: Mapping[str, Any]) -> Grid:
         raise InvalidInputError(
             f"hidden_states is {given(video)}; the grid is read from latents [batch, frames, channels, height, width]."
         )
-    time, *patch = patches(config)
+    time, *patch = patch_of(config)
     return Grid(-(-video.shape[1] // time), *(size // step for size, step in zip(video.shape[3:], patch, strict=True)))
 
 
