@@ -1,6 +1,7 @@
 """Every family row against its model: which modules, which grid, in which order the tokens stand."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -108,6 +109,8 @@ def test_what_a_family_supplies(name):
                 assert not torch.allclose(turned, found["pre_rope_query"], atol=1e-2)
             if "rotary" in needs:
                 torch.testing.assert_close(turned, found["query"])
+            else:
+                torch.testing.assert_close(turned.norm(dim=-1), found["query"].norm(dim=-1))
 
 
 @pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
@@ -124,6 +127,21 @@ def test_full_density_equals_the_untouched_model_and_remove_is_exact(name, grid)
         assert not torch.allclose(run(model, inputs), dense, atol=1e-4)
     fastdiff.remove(model)
     assert torch.equal(run(model, inputs), dense)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
+def test_a_pickled_model_and_a_processor_object_do_the_same(name):
+    torch.manual_seed(0)
+    case = CASES[name]
+    model, inputs = case.build(), case.arguments(*case.grids[0])
+    narrow = fastdiff.NeighborhoodConfig((None, 2, 2), block_size=32)
+    fastdiff.apply(model, narrow)
+    sparse = run(model, inputs)
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), inputs), sparse)
+    fastdiff.remove(model)
+    if hasattr(model, "set_attn_processor"):
+        model.set_attn_processor(fastdiff.NeighborhoodAttnProcessor(narrow))
+        assert torch.equal(run(model, inputs), sparse)
 
 
 @pytest.mark.parametrize(
