@@ -38,6 +38,11 @@ def move_qwen(inputs, frame, row, column):
     inputs["hidden_states"][:, (frame * height + row) * width + column] += 1
 
 
+def move_krea2(inputs, frame, row, column):
+    ids = inputs["position_ids"][-inputs["hidden_states"].shape[1] :]
+    inputs["hidden_states"][:, (ids == torch.tensor([frame, row, column])).all(1)] += 1
+
+
 def residuals(frames, height, width):
     """What a ControlNet adds to the picture behind each block."""
     samples = [packed.noise(1, height * width, 32)]
@@ -69,6 +74,7 @@ PACKED_CASES = {
     ),
     "ChromaTransformer2DModel": Case(packed.tiny_chroma, picture(packed.packed_inputs), move_packed(), TWO),
     "BriaTransformer2DModel": Case(packed.tiny_bria, picture(packed.packed_inputs), move_packed(), TWO),
+    "BriaFiboTransformer2DModel": Case(packed.tiny_bria_fibo, picture(packed.bria_fibo_inputs), move_packed(), TWO),
     "LongCatImageTransformer2DModel": Case(
         packed.tiny_longcat,
         picture(packed.packed_inputs, channels=64, picture=1, start=8, references=((2, 3),)),
@@ -76,6 +82,7 @@ PACKED_CASES = {
         TWO,
     ),
     "OvisImageTransformer2DModel": Case(packed.tiny_ovis, picture(packed.packed_inputs), move_packed(), TWO),
+    "Krea2Transformer2DModel": Case(packed.tiny_krea2, picture(packed.krea2_inputs), move_krea2, TWO),
     "QwenImageTransformer2DModel": Case(
         packed.tiny_qwen, lambda *grid: packed.qwen_inputs(grid, valid=3), move_qwen, TWO
     ),
@@ -109,6 +116,10 @@ LATENT_CASES = {
     ),
     "CogView3PlusTransformer2DModel": Case(latent.tiny_cogview3, picture(latent.cogview_inputs), move_latents(), TWO),
     "CogView4Transformer2DModel": Case(latent.tiny_cogview4, picture(latent.cogview_inputs), move_latents(), TWO),
+    "GlmImageTransformer2DModel": Case(latent.tiny_glm_image, picture(latent.glm_image_inputs), move_latents(), TWO),
+    "ErnieImageTransformer2DModel": Case(
+        latent.tiny_ernie_image, picture(latent.ernie_image_inputs), move_latents(1), TWO
+    ),
     "HunyuanDiT2DModel": Case(latent.tiny_hunyuan_dit, picture(latent.hunyuan_dit_inputs), move_latents(), TWO),
     "AuraFlowTransformer2DModel": Case(latent.tiny_aura_flow, picture(latent.latent_inputs), move_latents(), TWO),
     "Lumina2Transformer2DModel": Case(

@@ -3,12 +3,14 @@
 import pytest
 import tiny_packed_models as packed
 import torch
+from fake_planner import Watching, put_on
 from family_case import has, run, spans, sparse_equals_dense
 from tiny_picture_models import flux_inputs, image_ids, tiny_flux
 
 import fastdiff
 from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError
 from fastdiff_patches import families
+from fastdiff_patches.attachment import find
 from fastdiff_patches.image_ids import image_spans
 
 torch.set_num_threads(1)
@@ -116,6 +118,23 @@ class TestChroma:
         fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, 3, 3), block_size=32))
         with pytest.raises(UnsupportedError, match=r"attention_mask is torch.float32.*mask.bool\(\)"):
             run(model, self.inputs(torch.float32))
+
+
+@has("Krea2Transformer2DModel")
+class TestKrea2:
+    def test_text_comes_first_in_its_positions(self):
+        inputs = packed.krea2_inputs(5, 7)
+        assert spans(packed.tiny_krea2(), inputs) == [("text", 5), ("grid", 35)]
+        with pytest.raises(InvalidInputError, match=r"position_ids is of shape \(39, 3\).*5 text and 35 image"):
+            spans(packed.tiny_krea2(), inputs | {"position_ids": inputs["position_ids"][1:]})
+        with pytest.raises(InvalidInputError, match="positions of 35 image tokens do not say a grid"):
+            spans(packed.tiny_krea2(), inputs | {"position_ids": inputs["position_ids"] * 2})
+
+    def test_heads_share_keys(self):
+        planner = put_on(model := packed.tiny_krea2(), Watching())
+        run(model, packed.krea2_inputs(5, 7))
+        assert planner.extras[0].inputs["query"].shape == (1, 40, 4, 16)
+        assert [(layer.heads, layer.head_dim) for layer in find(model).layers] == [(4, 16)] * 2
 
 
 @has("LongCatImageTransformer2DModel")

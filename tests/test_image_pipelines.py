@@ -11,6 +11,7 @@ import tiny_latent_models as latent
 import tiny_packed_models as packed
 import torch
 from tiny_models import tiny_scheduler
+from tiny_picture_models import tiny_picture_vae
 
 import fastdiff
 from fastdiff.commands import sizes
@@ -91,6 +92,17 @@ PIPES = {
         packed.tiny_chroma,
         lambda: both(**embeds(), prompt_attention_mask=torch.tensor([[True, True, True, False, False]])),
     ),
+    "BriaPipeline": Pipe(
+        packed.tiny_bria,
+        lambda: both(**embeds()),
+        absent=TEXT,
+        parts=lambda: {"vae": tiny_picture_vae()},
+        pixels=(20, 28),
+    ),
+    "Krea2Pipeline": Pipe(
+        packed.tiny_krea2,
+        lambda: both(prompt_embeds=packed.noise(1, 5, 2, 32), prompt_embeds_mask=mask().bool()),
+    ),
     "OvisImagePipeline": Pipe(packed.tiny_ovis, lambda: both(**embeds()) | {"negative_prompt": None}),
     "LongCatImagePipeline": Pipe(
         packed.tiny_longcat,
@@ -123,6 +135,14 @@ PIPES = {
             both(**embeds(), prompt_attention_mask=mask()) | {"use_resolution_binning": False, "negative_prompt": None}
         ),
         scheduler=lambda: diffusers.DPMSolverMultistepScheduler(),
+    ),
+    "ErnieImagePipeline": Pipe(
+        latent.tiny_ernie_image,
+        lambda: {
+            "prompt_embeds": [packed.noise(5, 32)],
+            "negative_prompt_embeds": [packed.noise(3, 32)],
+            "guidance_scale": 3.0,
+        },
     ),
     "CogView3PlusPipeline": Pipe(
         latent.tiny_cogview3, lambda: both(**embeds()), scheduler=lambda: diffusers.CogVideoXDDIMScheduler()

@@ -6,7 +6,7 @@ import tiny_latent_models as latent
 import tiny_packed_models as packed
 import torch
 from fake_planner import FakePlanner, Watching, put_on
-from family_case import run, spans, sparse_equals_dense, values
+from family_case import has, run, spans, sparse_equals_dense, values
 from tiny_picture_models import tiny_unet, unet_inputs
 
 import fastdiff
@@ -144,6 +144,18 @@ class TestLumina2:
         run(model, self.inputs(3))
         assert planner.extras[0].inputs["query"].shape == (1, 38, 4, 12)
         assert [layer.heads for layer in find(model).layers] == [4, 4]
+
+
+@has("GlmImageTransformer2DModel")
+def test_glm_image_with_kept_keys_of_reference_images_is_refused():
+    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+    caches = GlmImageKVCache(num_layers=2)
+    inputs = latent.glm_image_inputs(5, 7) | {"kv_caches": caches}
+    assert spans(latent.tiny_glm_image(), inputs) == [("text", 5), ("grid", 35)]
+    caches.set_mode("read")
+    with pytest.raises(UnsupportedError, match="kv_caches hold keys of reference images"):
+        spans(latent.tiny_glm_image(), inputs)
 
 
 def test_hidream_pads_what_is_no_square():

@@ -189,6 +189,59 @@ def cogview_inputs(height, width):
     return latent_inputs(height, width, original_size=size, target_size=size, crop_coords=0 * size)
 
 
+def tiny_glm_image():
+    return build(
+        "GlmImageTransformer2DModel",
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        prior_vq_quantizer_codebook_size=16,
+    )
+
+
+def glm_image_inputs(height, width):
+    size, tokens = torch.tensor([[2.0 * height, 2.0 * width]]), height * width
+    return latent_inputs(
+        height,
+        width,
+        prior_token_id=torch.arange(tokens)[None] % 16,
+        prior_token_drop=torch.zeros(1, tokens, dtype=torch.bool),
+        target_size=size,
+        crop_coords=0 * size,
+    )
+
+
+def tiny_ernie_image():
+    model = build(
+        "ErnieImageTransformer2DModel",
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=64,
+        in_channels=4,
+        out_channels=4,
+        patch_size=1,
+        text_in_dim=32,
+        rope_axes_dim=(4, 6, 6),
+    )
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)  # untrained, its last layer and its gates are zero
+    return model
+
+
+def ernie_image_inputs(height, width):
+    inputs = latent_inputs(height, width, patch=1)
+    text = inputs.pop("encoder_hidden_states")
+    return inputs | {"text_bth": text, "text_lens": torch.tensor([3])}
+
+
 def tiny_hunyuan_image(patch_size: tuple[int, ...] = (1, 1), rope_axes_dim: tuple[int, ...] = (8, 8)):
     return build(
         "HunyuanImageTransformer2DModel",

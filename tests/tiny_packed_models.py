@@ -79,6 +79,14 @@ def tiny_ovis():
     return build("OvisImageTransformer2DModel", **FLUX_LIKE, out_channels=16)
 
 
+def tiny_bria_fibo():
+    return build("BriaFiboTransformer2DModel", **FLUX_LIKE, pooled_projection_dim=None, text_encoder_dim=8)
+
+
+def bria_fibo_inputs(height, width):
+    return packed_inputs(height, width, text_encoder_layers=[noise(1, 3, 8), noise(1, 3, 8)])
+
+
 def packed_inputs(
     height: int,
     width: int,
@@ -103,6 +111,40 @@ def packed_inputs(
         "txt_ids": torch.zeros(text, columns),
         "return_dict": False,
         **more,
+    }
+
+
+def tiny_krea2():
+    """Two heads share a key head."""
+    return build(
+        "Krea2Transformer2DModel",
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        timestep_embed_dim=16,
+        text_hidden_dim=32,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def krea2_inputs(height, width, text=5, valid=3):
+    ids = torch.cat([torch.zeros(text, 3), image_ids(0, height, width)])
+    return {
+        "hidden_states": noise(1, height * width, 16),
+        "encoder_hidden_states": noise(1, text, 2, 32),
+        "encoder_attention_mask": (torch.arange(text) < valid)[None],
+        "timestep": torch.full((1,), 0.5),
+        "position_ids": ids,
+        "return_dict": False,
     }
 
 

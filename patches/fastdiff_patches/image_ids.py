@@ -19,28 +19,34 @@ class Image(NamedTuple):
     grid: Grid | None
 
 
-def image_spans(ids: torch.Tensor, picture: int = 0) -> tuple[Span, ...]:
+def image_spans(ids: torch.Tensor, picture: int = 0, text: int = 0) -> tuple[Span, ...]:
     """The grid span of the picture, and a reference span for each reference image behind it.
 
     Args:
         ids: (image, row, column, ...) of each token, `[tokens, 3 or more]` or `[batch, tokens, 3 or more]`.
         picture: The number of the image that is drawn; others are references.
+        text: How many of the tokens are text that stands before the images.
 
     Raises:
         InvalidInputError: If the picture does not come first, or is not a whole grid row by row.
     """
-    first, *others = read_once(ids, _images)
+    first, *others = read_once(ids, _images) if not text else _images(read_once(ids, _rows)[text:])
     if first.number != picture or first.grid is None or any(image.number == picture for image in others):
         raise InvalidInputError(
-            f"img_ids of {ids.shape[-2]} tokens do not say a grid: the picture must come first, with {picture} in the "
-            "first column and rows and columns counted one by one, row by row, as the model's own pipeline makes them."
+            f"positions of {ids.shape[-2] - text} image tokens do not say a grid: the picture must come first, with "
+            f"{picture} in the first column and rows and columns counted one by one, row by row, as the model's own "
+            "pipeline makes them."
         )
     # All see references, so that where their tokens stand does not matter.
     return Span("grid", first.tokens, first.grid), *(Span("reference", image.tokens) for image in others)
 
 
+def _rows(ids: torch.Tensor) -> torch.Tensor:
+    return (ids if ids.ndim == 2 else ids[0]).detach().cpu()
+
+
 def _images(ids: torch.Tensor) -> tuple[Image, ...]:
-    rows = (ids if ids.ndim == 2 else ids[0]).detach().cpu()
+    rows = _rows(ids)
     starts = (rows[1:, 0] != rows[:-1, 0]).nonzero().flatten() + 1
     return tuple(Image(int(image[0, 0]), len(image), _raster(image)) for image in torch.tensor_split(rows, starts))
 

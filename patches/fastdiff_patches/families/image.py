@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdiff_kernels import Grid, InvalidInputError, Span, UnsupportedError
 
 from ..image_ids import image_spans
 from ..planner import NEEDS
-from .base import Family, Table, given
-from .image_text import interleaved, shared_table, text_before
+from .base import Family, Table, given, patch_of
+from .image_text import interleaved, shared_table, text_before, text_tokens
 
 # Their blocks take text and picture apart, or one behind the other.
 _SUPPLIES = frozenset(NEEDS) - {"block_input"}
@@ -84,8 +85,8 @@ def _chroma_mask(mask: Any) -> Any:
         return mask if mask is None else mask.any(2, keepdim=True)
     raise UnsupportedError(
         f"attention_mask is {mask.dtype}: ChromaPipeline gives numbers, which are added to the scores instead of "
-        "hiding padding. Call pipe.encode_prompt yourself, and give its embeddings and its masks as "
-        "prompt_attention_mask=mask.bool(), negative_prompt_attention_mask likewise."
+        "hiding padding (issue 12116 of diffusers). Call pipe.encode_prompt yourself, and give its embeddings and its "
+        "masks as prompt_attention_mask=mask.bool(), negative_prompt_attention_mask likewise."
     )
 
 
@@ -94,6 +95,47 @@ _FLUX2 = replace(_FLUX, name="flux2", grid=_flux2_grid)
 # Text is image 0 there.
 _LONGCAT = replace(
     _FLUX, name="longcat-image", grid=partial(_grid, picture=1), references=partial(_references, picture=1)
+)
+
+
+def _krea_spans(inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+    text, image, ids = text_tokens(inputs, ndim=4), _packed(inputs).shape[1], inputs.get("position_ids")
+    if ids is None or ids.shape != (text + image, 3):
+        raise InvalidInputError(
+            f"position_ids is {given(ids)}; the grid is read from the positions of {text} text and {image} image "
+            f"tokens, [{text + image}, 3]."
+        )
+    return image_spans(ids, text=text)
+
+
+def _krea_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    return _krea_spans(inputs)[0].grid
+
+
+def _krea_references(config: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+    return _krea_spans(inputs)[1:]
+
+
+def _krea_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    return text_tokens(inputs, ndim=4), 0
+
+
+def _krea_heads(attention: nn.Module) -> tuple[int, int]:
+    return attention.num_heads, attention.head_dim
+
+
+_KREA2 = Family(
+    "krea2",
+    re.compile(r"transformer_blocks\.\d+\.attn"),
+    _krea_grid,
+    text=_krea_text,
+    references=_krea_references,
+    patch=_two_by_two,
+    usual_text=(512, 0),
+    heads=_krea_heads,
+    supplies=frozenset(NEEDS),
+    query_norms=("norm_q",),
+    rotary=shared_table,
 )
 
 
@@ -152,8 +194,11 @@ FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX2,
     "ChromaTransformer2DModel": _CHROMA,
-    "BriaTransformer2DModel": replace(_FLUX, name="bria", usual_text=(128, 0)),
+    # The scale factor of Bria's pipelines counts the packing.
+    "BriaTransformer2DModel": replace(_FLUX, name="bria", patch=patch_of, usual_text=(128, 0)),
+    "BriaFiboTransformer2DModel": replace(_FLUX, name="bria-fibo", patch=patch_of),
     "LongCatImageTransformer2DModel": _LONGCAT,
     "OvisImageTransformer2DModel": replace(_FLUX, name="ovis-image", usual_text=(256, 0)),
     "QwenImageTransformer2DModel": _QWEN,
+    "Krea2Transformer2DModel": _KREA2,
 }

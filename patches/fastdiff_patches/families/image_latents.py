@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,34 @@ _COGVIEW3 = Family("cogview3", re.compile(_FIRST), _latents, text=text_before, u
 # Its RoPE pairs the halves of a head and no neighbours.
 _COGVIEW4 = Family(
     "cogview4", re.compile(_FIRST), _latents, text=text_before, usual_text=(1024, 0), supplies=frozenset({"seed"})
+)
+
+
+def _glm_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+    caches = inputs.get("kv_caches")
+    if caches is not None and caches[0].mode == "read":
+        raise UnsupportedError(
+            "kv_caches hold keys of reference images beside the sequence, which sparse attention does not know; "
+            "generate without reference images, or call fastdiff.remove."
+        )
+    return _latents(config, inputs)
+
+
+# Like CogView 4.
+_GLM_IMAGE = replace(_COGVIEW4, name="glm-image", grid=_glm_grid)
+
+
+def _ernie_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    return 0, text_tokens(inputs, "text_bth")
+
+
+# Its RoPE too pairs the halves of a head.
+_ERNIE_IMAGE = Family(
+    "ernie-image",
+    re.compile(r"layers\.\d+\.self_attention"),
+    _latents,
+    text=_ernie_text,
+    supplies=frozenset({"seed"}),
 )
 
 _HUNYUAN_DIT = Family(
@@ -247,6 +276,8 @@ FAMILIES: dict[str, Family] = {
     "PixArtTransformer2DModel": _PIXART,
     "CogView3PlusTransformer2DModel": _COGVIEW3,
     "CogView4Transformer2DModel": _COGVIEW4,
+    "GlmImageTransformer2DModel": _GLM_IMAGE,
+    "ErnieImageTransformer2DModel": _ERNIE_IMAGE,
     "HunyuanDiT2DModel": _HUNYUAN_DIT,
     "AuraFlowTransformer2DModel": _AURA_FLOW,
     "Lumina2Transformer2DModel": _LUMINA2,

@@ -12,16 +12,17 @@ from fastdiff_kernels import InvalidInputError
 from .base import Table, given
 
 
-def text_tokens(inputs: Mapping[str, Any], name: str = "encoder_hidden_states") -> int:
-    """Tokens of a text embedding `[batch, tokens, channels]`.
+def text_tokens(inputs: Mapping[str, Any], name: str = "encoder_hidden_states", ndim: int = 3) -> int:
+    """Tokens of a text embedding, `[batch, tokens, channels]` or with more dimensions behind the tokens.
 
     Raises:
         InvalidInputError: If it is none.
     """
     text = inputs.get(name)
-    if text is None or text.ndim != 3:
+    if text is None or text.ndim != ndim:
         raise InvalidInputError(
-            f"{name} is {given(text)}; the text stands in the sequence of the image, [batch, tokens, channels]."
+            f"{name} is {given(text)}; the text stands in the sequence of the image, with {ndim} dimensions: [batch, "
+            f"tokens, {'layers, ' * (ndim - 3)}channels]."
         )
     return text.shape[1]
 
