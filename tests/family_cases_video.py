@@ -55,6 +55,7 @@ HUNYUAN_CASES = {
         move_wan,
         VIDEOS,
     ),
+    "HunyuanVideoFramepackTransformer3DModel": Case(tiny.tiny_framepack, tiny.framepack_inputs, move_wan, VIDEOS),
     "HunyuanVideo15Transformer3DModel": Case(
         tiny.tiny_hunyuan_video15, tiny.hunyuan_video15_inputs, move_latent, VIDEOS
     ),

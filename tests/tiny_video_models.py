@@ -127,6 +127,37 @@ def hunyuan_video_inputs(*grid: int) -> dict[str, Any]:
     }
 
 
+def tiny_framepack() -> nn.Module:
+    return hunyuan_relative(
+        "HunyuanVideoFramepackTransformer3DModel",
+        num_refiner_layers=1,
+        pooled_projection_dim=8,
+        guidance_embeds=False,
+        image_condition_type="latent_concat",
+        has_image_proj=True,
+        image_proj_dim=8,
+        has_clean_x_embedder=True,
+    )
+
+
+def framepack_inputs(frames: int, height: int, width: int) -> dict[str, Any]:
+    """2 frames of the past as they are, 2 at half and 5 at a quarter of the resolution, odd sizes rounded up."""
+
+    def past(frames: int) -> torch.Tensor:
+        return latents((frames, height, width))
+
+    return hunyuan_video_inputs(frames, height, width) | {
+        "image_embeds": noise(1, 3, 8, seed=3),
+        "indices_latents": torch.arange(9, 9 + frames),
+        "latents_clean": past(2),
+        "indices_latents_clean": torch.tensor([0, 8]),
+        "latents_history_2x": past(2),
+        "indices_latents_history_2x": torch.tensor([6, 7]),
+        "latents_history_4x": past(5),
+        "indices_latents_history_4x": torch.arange(1, 6),
+    }
+
+
 def motif_video_inputs(*grid: int) -> dict[str, Any]:
     """2 tokens of an image, and 8 of text of which the last 3 are padding."""
     inputs = hunyuan_video_inputs(*grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -56,6 +57,26 @@ _HUNYUAN = Family(
 )
 
 
+def _framepack(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    """What is known of the past stands in front, the older the coarser."""
+    grid, patch = video_grid(config, inputs), patch_of(config)
+    history = []
+    for name, coarse in (("latents_history_4x", 4), ("latents_history_2x", 2), ("latents_clean", 1)):
+        past = inputs.get(name)
+        if past is not None:
+            sizes = zip(past.shape[2:], patch, strict=True)
+            history.append(Span("reference", math.prod(-(-size // (coarse * step)) for size, step in sizes)))
+    text = Span("text", _text(inputs, "image_embeds") + _text(inputs))
+    spans = (*history, Span("grid", grid.tokens, grid), text)
+    return TokenLayout(spans, spans)
+
+
+# Of a single sample its padding is cut off.
+_FRAMEPACK = replace(
+    _HUNYUAN, name="framepack", whole=_framepack, text_varies=True, supplies=frozenset({"seed"}), query_norms=()
+)
+
+
 def _hunyuan15(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     """Most slots for text are padding, which stands behind all text in each sample and nobody sees."""
     grid = video_grid(config, inputs)
@@ -91,7 +112,6 @@ _HUNYUAN15 = replace(
     whole=_hunyuan15,
     processor=_hunyuan15_processor,
 )
-
 
 _MOCHI = Family(
     "mochi",
@@ -155,6 +175,7 @@ _EASYANIMATE = replace(_COGVIDEOX, name="easyanimate", grid=video_grid, text=_ea
 
 FAMILIES: dict[str, Family] = {
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
+    "HunyuanVideoFramepackTransformer3DModel": _FRAMEPACK,
     "HunyuanVideo15Transformer3DModel": _HUNYUAN15,
     "MochiTransformer3DModel": _MOCHI,
     "MotifVideoTransformer3DModel": replace(_HUNYUAN, name="motif-video", text=_motif_text, at=_motif_block),
