@@ -48,12 +48,12 @@ class Binding:
         """Whether the module holds our processor."""
         return self.module.processor is self.adopted
 
-    def prepare(self, model: nn.Module, query_norms: tuple[str, ...]) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Gives the module what the method learns in it, and the hooks that the method needs."""
         if self.layer.parameters is not None:
             _move_to(self.layer.parameters, self.module)
             self.module.add_module("fastdiff", self.layer.parameters)
-        self.hooks = needs.install(model, self.module, self.layer, query_norms)
+        self.hooks = needs.install(model, self.module, self.layer)
 
     def place(self) -> None:
         self.module.processor, self.placed = self.adopted, True
@@ -141,7 +141,7 @@ class Attachment:
         if current is not None:
             current.remove()
         for binding in self.bindings:
-            binding.prepare(model, self.family.query_norms)
+            binding.prepare(model)
         self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
 
     def install(self, model: nn.Module) -> None:

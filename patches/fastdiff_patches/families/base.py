@@ -75,6 +75,7 @@ class Family:
         query_norms: Names, in an attention module, of the modules whose outputs in this order make up the query before
             RoPE; a module without text lacks those of the text. Empty if the model has no RoPE.
         heads_first: Whether these outputs are `[batch, heads, tokens, head_dim]` and not tokens first.
+        overwrites_query: Whether RoPE is written into these outputs.
         rotary: Arguments of a processor's call by name -> the table of `NEEDS["rotary"]`.
         mask: Mask of the attention call -> a bool mask that hides keys alone, where the model says it otherwise.
         processor: stock processor -> the one that is adopted in its place: another where the stock one does before its
@@ -98,6 +99,7 @@ class Family:
     supplies: frozenset[str] = frozenset()
     query_norms: tuple[str, ...] = ()
     heads_first: bool = False
+    overwrites_query: bool = False
     rotary: Callable[[Mapping[str, Any]], Table | None] = _no_rotary
     mask: Callable[[Any], Any] = _same_mask
     processor: Callable[[Any], Any] = _same_processor

@@ -36,12 +36,22 @@ def _text_behind(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _rotary_before_text(arguments: Mapping[str, Any]) -> Table | None:
-    """The table of the video, and behind it that of text which is not turned."""
+    return _rotary(arguments, before=0, behind=1)
+
+
+def _rotary_behind_text(arguments: Mapping[str, Any]) -> Table | None:
+    return _rotary(arguments, before=1, behind=0)
+
+
+def _rotary(arguments: Mapping[str, Any], before: int, behind: int) -> Table | None:
+    """The table of the video, and beside it that of text, which is not turned."""
     table, text = arguments.get("image_rotary_emb"), arguments.get("encoder_hidden_states")
     if table is None:
         return None
-    behind = 0 if text is None else text.shape[1]
-    return tuple(F.pad(part, (0, 0, 0, behind), value=still) for part, still in zip(table, (1.0, 0.0), strict=True))
+    rows = 0 if text is None else text.shape[1]
+    cos, sin = table
+    around = (0, 0, before * rows, behind * rows)
+    return F.pad(cos, around, value=1.0), F.pad(sin, around)
 
 
 _HUNYUAN = Family(
@@ -160,8 +170,12 @@ _COGVIDEOX = Family(
     _cogvideox,
     text=_text_in_front,
     usual_text=(226, 0),
-    # RoPE overwrites the query.
-    supplies=frozenset({"seed"}),
+    # Its blocks take text and video apart.
+    supplies=frozenset(NEEDS) - {"block_input"},
+    query_norms=("norm_added_q", "norm_q"),
+    heads_first=True,
+    overwrites_query=True,
+    rotary=_rotary_behind_text,
 )
 
 
