@@ -164,6 +164,20 @@ def test_hidream_pads_what_is_no_square():
     assert spans(model, latent.hidream_inputs(6, 6)) == [("grid", 36), ("text", 11)]
 
 
+@pytest.mark.parametrize(
+    ("build", "inputs", "name"),
+    [
+        (latent.tiny_z_image, latent.z_image_inputs, "cap_feats"),
+        (latent.tiny_hidream, latent.hidream_inputs, "encoder_hidden_states_llama3"),
+        (latent.tiny_hidream, latent.hidream_inputs, "encoder_hidden_states_t5"),
+        (latent.tiny_sd3, latent.latent_inputs, "encoder_hidden_states"),
+    ],
+)
+def test_a_forward_without_text_is_refused(build, inputs, name):
+    with pytest.raises(InvalidInputError, match=f"{name} is missing; the text"):
+        spans(build(), inputs(5, 7) | {name: None})
+
+
 def test_aura_flow_has_registers_before_the_text():
     assert spans(latent.tiny_aura_flow(), latent.latent_inputs(5, 7)) == [("text", 13), ("grid", 35)]
 

@@ -15,14 +15,13 @@ from torch import nn
 
 from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
 
-from . import image, image_latents, unet, video, video_text
+from . import image, image_latents, image_padded, unet, video, video_text
 from .base import Family, patch_of
 
 __all__ = ["FAMILIES", "Family", "family_of", "find_family", "patch_of"]
 
-FAMILIES: dict[str, Family] = {
-    name: family for file in (video, video_text, image, image_latents, unet) for name, family in file.FAMILIES.items()
-}
+_FILES = (video, video_text, image, image_latents, image_padded, unet)
+FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 # Their self-attention is linear and has no scores that could be left out.
 LINEAR = frozenset({"SanaTransformer2DModel", "SanaVideoTransformer3DModel"})
 

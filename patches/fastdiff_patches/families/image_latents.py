@@ -15,7 +15,6 @@ from .image_text import shared_table, text_after, text_before, text_tokens, untu
 
 # Their blocks take text and picture apart.
 APART = frozenset(NEEDS) - {"block_input"}
-_JOINT = r"(single_)?transformer_blocks\.\d+\.attn"
 _FIRST = r"transformer_blocks\.\d+\.attn1"
 
 
@@ -130,7 +129,7 @@ def _hunyuan_image_rotary(arguments: Mapping[str, Any]) -> Table | None:
 
 _HUNYUAN_IMAGE = Family(
     "hunyuan-image",
-    re.compile(_JOINT),
+    re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
     latent_grid,
     text=_hunyuan_image_text,
     usual_text=(0, 1128),
