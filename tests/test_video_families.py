@@ -83,9 +83,27 @@ class TestHunyuanVideo15:
         assert model.transformer_blocks[0].attn.processor is own
 
 
-def test_mochi_samples_with_texts_of_unequal_length():
+def hunyuan_video_batch(*grid):
+    """Two samples, of whose 8 tokens of text 5 and 7 are no padding."""
+    inputs = tiny.hunyuan_video_inputs(*grid)
+    batch = {
+        name: torch.cat([value, value.flip(-1)]) for name, value in inputs.items() if isinstance(value, torch.Tensor)
+    }
+    return inputs | batch | {"encoder_attention_mask": (torch.arange(8) < torch.tensor([[5], [7]])).long()}
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [
+        (tiny.tiny_mochi, lambda *grid: tiny.mochi_inputs(*grid, batch=2)),
+        (tiny.tiny_hunyuan_video, hunyuan_video_batch),
+        (tiny.tiny_hunyuan_video15, lambda *grid: tiny.hunyuan_video15_inputs(*grid, batch=2)),
+    ],
+    ids=["mochi", "hunyuan", "hunyuan 1.5"],
+)
+def test_samples_with_texts_of_unequal_length(build, arguments):
     torch.manual_seed(0)
-    model, inputs = tiny.tiny_mochi(), tiny.mochi_inputs(2, 5, 4, batch=2)
+    model, inputs = build(), arguments(2, 5, 4)
     dense = run(model, inputs)
     fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
     torch.testing.assert_close(run(model, inputs), dense, atol=5e-6, rtol=1e-4)
