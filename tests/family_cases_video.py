@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tiny_video_models as tiny
+import tiny_video_text_models as joint
 import torch
 from family_case import Case
 from tiny_models import model_inputs, tiny_wan
@@ -48,32 +49,32 @@ WAN_CASES = {
 }
 
 HUNYUAN_CASES = {
-    "HunyuanVideoTransformer3DModel": Case(tiny.tiny_hunyuan_video, tiny.hunyuan_video_inputs, move_wan, VIDEOS),
+    "HunyuanVideoTransformer3DModel": Case(joint.tiny_hunyuan_video, joint.hunyuan_video_inputs, move_wan, VIDEOS),
     "HunyuanVideoTransformer3DModel, token replace": Case(
-        lambda: tiny.tiny_hunyuan_video(image_condition_type="token_replace"),
-        tiny.hunyuan_video_inputs,
+        lambda: joint.tiny_hunyuan_video(image_condition_type="token_replace"),
+        joint.hunyuan_video_inputs,
         move_wan,
         VIDEOS,
     ),
-    "HunyuanVideoFramepackTransformer3DModel": Case(tiny.tiny_framepack, tiny.framepack_inputs, move_wan, VIDEOS),
+    "HunyuanVideoFramepackTransformer3DModel": Case(joint.tiny_framepack, joint.framepack_inputs, move_wan, VIDEOS),
     "HunyuanVideo15Transformer3DModel": Case(
-        tiny.tiny_hunyuan_video15, tiny.hunyuan_video15_inputs, move_latent, VIDEOS
+        joint.tiny_hunyuan_video15, joint.hunyuan_video15_inputs, move_latent, VIDEOS
     ),
     "HunyuanVideo15Transformer3DModel, text to video": Case(
-        tiny.tiny_hunyuan_video15,
-        lambda *grid: tiny.hunyuan_video15_inputs(*grid, image=False, text=80),
+        joint.tiny_hunyuan_video15,
+        lambda *grid: joint.hunyuan_video15_inputs(*grid, image=False, text=80),
         move_latent,
         VIDEOS,
     ),
     "MotifVideoTransformer3DModel": Case(
-        lambda: tiny.hunyuan_relative("MotifVideoTransformer3DModel", image_embed_dim=8),
-        tiny.motif_video_inputs,
+        lambda: joint.hunyuan_relative("MotifVideoTransformer3DModel", image_embed_dim=8),
+        joint.motif_video_inputs,
         move_wan,
         VIDEOS,
     ),
     "MotifVideoTransformer3DModel, decoder": Case(
-        lambda: tiny.hunyuan_relative("MotifVideoTransformer3DModel", image_embed_dim=8, num_decoder_layers=1),
-        tiny.motif_video_inputs,
+        lambda: joint.hunyuan_relative("MotifVideoTransformer3DModel", image_embed_dim=8, num_decoder_layers=1),
+        joint.motif_video_inputs,
         move_wan,
         VIDEOS,
     ),
@@ -105,23 +106,23 @@ def move_channels_last(inputs, frame, row, column):
 
 
 OTHER_CASES = {
-    "MochiTransformer3DModel": Case(tiny.tiny_mochi, tiny.mochi_inputs, move_wan, VIDEOS),
-    "CogVideoXTransformer3DModel": Case(tiny.tiny_cogvideox, tiny.cogvideox_inputs, move_frames_first(), VIDEOS),
+    "MochiTransformer3DModel": Case(joint.tiny_mochi, joint.mochi_inputs, move_wan, VIDEOS),
+    "CogVideoXTransformer3DModel": Case(joint.tiny_cogvideox, joint.cogvideox_inputs, move_frames_first(), VIDEOS),
     "CogVideoXTransformer3DModel, 1.5": Case(
-        lambda: tiny.tiny_cogvideox(
+        lambda: joint.tiny_cogvideox(
             patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False, sample_frames=17
         ),
-        lambda *grid: tiny.cogvideox_inputs(*grid, frames_in_token=2),
+        lambda *grid: joint.cogvideox_inputs(*grid, frames_in_token=2),
         move_frames_first(2),
         VIDEOS,
     ),
     "ConsisIDTransformer3DModel": Case(
-        lambda: tiny.tiny_cogvideox("ConsisIDTransformer3DModel"),
-        tiny.cogvideox_inputs,
+        lambda: joint.tiny_cogvideox("ConsisIDTransformer3DModel"),
+        joint.cogvideox_inputs,
         move_frames_first(),
         VIDEOS,
     ),
-    "EasyAnimateTransformer3DModel": Case(tiny.tiny_easyanimate, tiny.easyanimate_inputs, move_wan, VIDEOS),
+    "EasyAnimateTransformer3DModel": Case(joint.tiny_easyanimate, joint.easyanimate_inputs, move_wan, VIDEOS),
     "CosmosTransformer3DModel": Case(tiny.tiny_cosmos, tiny.cosmos_inputs, move_wan, VIDEOS),
     "CosmosTransformer3DModel, 2.5": Case(
         lambda: tiny.tiny_cosmos(

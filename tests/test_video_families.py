@@ -5,6 +5,7 @@ import math
 import diffusers
 import pytest
 import tiny_video_models as tiny
+import tiny_video_text_models as joint
 import torch
 from family_cases_video import wan_inputs
 
@@ -35,11 +36,11 @@ def test_skyreels_block_by_block_in_time_is_refused():
 
 class TestHunyuanVideo15:
     def test_padding_behind_the_text_is_left_out_of_the_plan(self):
-        model = tiny.tiny_hunyuan_video15()
+        model = joint.tiny_hunyuan_video15()
         family = families.family_of(model)
 
         def spans(**changed):
-            layout = family.layout(model.config, tiny.hunyuan_video15_inputs(3, 4, 5, text=200, batch=2) | changed)
+            layout = family.layout(model.config, joint.hunyuan_video15_inputs(3, 4, 5, text=200, batch=2) | changed)
             return [(span.kind, span.tokens) for span in layout.query]
 
         # 5 and 6 tokens of text, 2 glyphs, 4 of an image.
@@ -52,7 +53,7 @@ class TestHunyuanVideo15:
 
     def test_no_mask_of_tokens_by_tokens_is_built(self, monkeypatch):
         """Also where a layer stays dense."""
-        model, inputs = tiny.tiny_hunyuan_video15(), tiny.hunyuan_video15_inputs(3, 4, 5, text=80, batch=2)
+        model, inputs = joint.tiny_hunyuan_video15(), joint.hunyuan_video15_inputs(3, 4, 5, text=80, batch=2)
         dense = run(model, inputs)
         fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, None, None), block_size=32), dense_layers=[0])
         largest = []
@@ -71,7 +72,7 @@ class TestHunyuanVideo15:
         assert type(model.transformer_blocks[0].attn.processor).__module__.startswith("diffusers")
 
     def test_a_processor_that_a_user_has_set_stays(self):
-        model = tiny.tiny_hunyuan_video15()
+        model = joint.tiny_hunyuan_video15()
 
         class Own(type(model.transformer_blocks[0].attn.processor)):
             pass
@@ -85,7 +86,7 @@ class TestHunyuanVideo15:
 
 def hunyuan_video_batch(*grid):
     """Two samples, of whose 8 tokens of text 5 and 7 are no padding."""
-    inputs = tiny.hunyuan_video_inputs(*grid)
+    inputs = joint.hunyuan_video_inputs(*grid)
     batch = {
         name: torch.cat([value, value.flip(-1)]) for name, value in inputs.items() if isinstance(value, torch.Tensor)
     }
@@ -95,9 +96,9 @@ def hunyuan_video_batch(*grid):
 @pytest.mark.parametrize(
     ("build", "arguments"),
     [
-        (tiny.tiny_mochi, lambda *grid: tiny.mochi_inputs(*grid, batch=2)),
-        (tiny.tiny_hunyuan_video, hunyuan_video_batch),
-        (tiny.tiny_hunyuan_video15, lambda *grid: tiny.hunyuan_video15_inputs(*grid, batch=2)),
+        (joint.tiny_mochi, lambda *grid: joint.mochi_inputs(*grid, batch=2)),
+        (joint.tiny_hunyuan_video, hunyuan_video_batch),
+        (joint.tiny_hunyuan_video15, lambda *grid: joint.hunyuan_video15_inputs(*grid, batch=2)),
     ],
     ids=["mochi", "hunyuan", "hunyuan 1.5"],
 )
@@ -176,9 +177,9 @@ def test_kandinsky_that_is_sparse_already_is_refused():
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (tiny.tiny_cogvideox, r"hidden_states is of shape \(1, 4\); .*\[batch, frames, channels, height, width\]"),
+        (joint.tiny_cogvideox, r"hidden_states is of shape \(1, 4\); .*\[batch, frames, channels, height, width\]"),
         (tiny.tiny_kandinsky5, r"hidden_states is of shape \(1, 4\); .*\[batch, frames, height, width, channels\]"),
-        (tiny.tiny_hunyuan_video, r"hidden_states is of shape \(1, 4\); .*\[batch, channels, frames, height, width\]"),
+        (joint.tiny_hunyuan_video, r"hidden_states is of shape \(1, 4\); .*\[batch, channels, frames, height, width\]"),
     ],
 )
 def test_latents_that_are_no_video_are_refused(build, match):
@@ -188,7 +189,7 @@ def test_latents_that_are_no_video_are_refused(build, match):
 
 
 def test_text_that_is_missing_is_refused():
-    model = tiny.tiny_cogvideox()
+    model = joint.tiny_cogvideox()
     with pytest.raises(InvalidInputError, match="encoder_hidden_states is missing; the text stands in the same"):
         families.family_of(model).layout(model.config, {"hidden_states": torch.zeros(1, 3, 4, 6, 10)})
 
@@ -196,7 +197,7 @@ def test_text_that_is_missing_is_refused():
 def test_mochi_compiled():
     """The number of its text tokens is not known when it is traced."""
     torch.manual_seed(0)
-    model, inputs = tiny.tiny_mochi(), tiny.mochi_inputs(2, 5, 4)
+    model, inputs = joint.tiny_mochi(), joint.mochi_inputs(2, 5, 4)
     fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32))
     eager = run(model, inputs)
     model.compile(fullgraph=True, backend="eager")
@@ -205,7 +206,7 @@ def test_mochi_compiled():
 
 def test_hunyuan_video15_compiled_block_by_block():
     torch.manual_seed(0)
-    model, inputs = tiny.tiny_hunyuan_video15(), tiny.hunyuan_video15_inputs(2, 5, 4, text=80)
+    model, inputs = joint.tiny_hunyuan_video15(), joint.hunyuan_video15_inputs(2, 5, 4, text=80)
     fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32))
     eager = run(model, inputs)
     model.compile_repeated_blocks(fullgraph=True, backend="eager")

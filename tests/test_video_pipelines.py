@@ -8,6 +8,7 @@ import diffusers
 import PIL.Image
 import pytest
 import tiny_video_models as tiny
+import tiny_video_text_models as joint
 import torch
 from diffusers.pipelines.ltx import pipeline_ltx_condition
 from tiny_models import tiny_scheduler, tiny_vae
@@ -133,27 +134,27 @@ class NoGuard:
 
 
 PIPES = {
-    "HunyuanVideoPipeline": Pipe(tiny.tiny_hunyuan_video, hunyuan_video_call, absent=("vae", *TWO_TEXTS)),
+    "HunyuanVideoPipeline": Pipe(joint.tiny_hunyuan_video, hunyuan_video_call, absent=("vae", *TWO_TEXTS)),
     "HunyuanVideo15Pipeline": Pipe(
-        lambda: tiny.tiny_hunyuan_video15(in_channels=9),
+        lambda: joint.tiny_hunyuan_video15(in_channels=9),
         hunyuan_video15_call,
         absent=TWO_TEXTS,
         parts=hunyuan_video15_parts,
     ),
     "MotifVideoPipeline": Pipe(
-        lambda: tiny.hunyuan_relative("MotifVideoTransformer3DModel", in_channels=9),
+        lambda: joint.hunyuan_relative("MotifVideoTransformer3DModel", in_channels=9),
         lambda: size() | embeds(mask="prompt_attention_mask"),
         absent=TEXT,
         parts=lambda: guided() | {"vae": tiny_vae()},
     ),
     "MochiPipeline": Pipe(
-        tiny.tiny_mochi, lambda: size(13) | embeds(mask="prompt_attention_mask") | {"guidance_scale": 3.0}
+        joint.tiny_mochi, lambda: size(13) | embeds(mask="prompt_attention_mask") | {"guidance_scale": 3.0}
     ),
     "CogVideoXPipeline": Pipe(
-        tiny.tiny_cogvideox, lambda: size() | embeds(), scheduler=lambda: diffusers.CogVideoXDDIMScheduler()
+        joint.tiny_cogvideox, lambda: size() | embeds(), scheduler=lambda: diffusers.CogVideoXDDIMScheduler()
     ),
     "EasyAnimatePipeline": Pipe(
-        tiny.tiny_easyanimate, lambda: size() | embeds(mask="prompt_attention_mask"), absent=TEXT, parts=magvit
+        joint.tiny_easyanimate, lambda: size() | embeds(mask="prompt_attention_mask"), absent=TEXT, parts=magvit
     ),
     "LTXPipeline": Pipe(tiny.tiny_ltx, lambda: size(17, 96, 160) | embeds(mask="prompt_attention_mask")),
     "LTXConditionPipeline": Pipe(tiny.tiny_ltx, ltx_condition_call, absent=TEXT, parts=ltx_vae),
