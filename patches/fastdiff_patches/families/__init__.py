@@ -54,10 +54,11 @@ def family_of(
         )
     if family is None and told is None:
         raise UnsupportedError(
-            f"{type(model).__name__} is not described; supported are {', '.join(sorted(FAMILIES))} and classes "
-            "derived from them. Describe it: fastdiff.apply(model, config, layout=lambda inputs: "
-            "TokenLayout.self_attention(Grid(frames, height, width))), where inputs are the arguments of its forward "
-            "by name and text_before= or text_after= counts text in the same sequence."
+            f"{type(model).__name__} is not described, so where its tokens stand is not known. Describe it: "
+            "fastdiff.apply(model, config, layout=lambda inputs: TokenLayout.self_attention(Grid(frames, height, "
+            "width))), where inputs are the arguments of its forward by name, and text_before= or text_after= counts "
+            "text in the same sequence. Described, and classes derived from them too, are "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     if family is None:
         family = Family(
