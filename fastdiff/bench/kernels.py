@@ -149,6 +149,7 @@ class Bench:
                 "tflops": round(flops / median / 1e9, 3),
             }
         )
+        _logger.info("%s, %s: %.3f ms", self._what(kernel), direction, median)
 
     def _guest(self, kernel: str, measure: Callable[[], None]) -> None:
         """A kernel that is not ours may be missing here, which is said; a wrong one is refused like ours."""

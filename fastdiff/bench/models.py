@@ -133,17 +133,21 @@ class ModelBench:
 
     def _guarded(self, row: Row, mode: str) -> list[dict[str, Any]]:
         """A row that cannot run here is said and left out: it does not cost the others."""
-        # What was chosen for another row is compiled in, and a cache of traces would bring it back.
-        torch._dynamo.reset()
+        if row.config is None:
+            # Which of torch's kernels runs is compiled in; methods share what is compiled.
+            torch._dynamo.reset()
         try:
+            # A cache of traces would bring back the kernel of another row.
             with torch._functorch.config.patch(enable_autograd_cache=False), torch.no_grad(), row.active():
-                return [self._record(row, mode)]
+                record = self._record(row, mode)
         except (FastDiffError, torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
             if isinstance(error, NotFiniteError):
                 raise
             self.missing[f"{row.name}, {mode}"] = reason = " ".join(str(error).split())[:300]
             _logger.warning("%s, %s, %s: not timed: %s", self.architecture.name, row.name, mode, reason)
             return []
+        _logger.info("%s, %s, %s: %.1f ms", self.architecture.name, row.name, mode, record["milliseconds"])
+        return [record]
 
     def _record(self, row: Row, mode: str) -> dict[str, Any]:
         one, points = self.architecture, self.points

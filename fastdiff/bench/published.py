@@ -81,7 +81,8 @@ def mochi_inputs(draw: Draw) -> Inputs:
 
 def flux_inputs(grid: Grid) -> Callable[[Draw], Inputs]:
     def inputs(draw: Draw) -> Inputs:
-        places = grid.coordinates().to(draw.device, draw.dtype)
+        # bfloat16 would round positions beyond 256.
+        places = grid.coordinates().to(draw.device, torch.float32)
         return {
             "hidden_states": draw(1, grid.tokens, 64),
             "timestep": draw.number(0.5),
@@ -89,7 +90,7 @@ def flux_inputs(grid: Grid) -> Callable[[Draw], Inputs]:
             "pooled_projections": draw(1, 768),
             "guidance": draw.number(3.5),
             "img_ids": places,
-            "txt_ids": torch.zeros(512, 3, device=draw.device, dtype=draw.dtype),
+            "txt_ids": torch.zeros(512, 3, device=draw.device),
         }
 
     return inputs
