@@ -150,6 +150,9 @@ def _motif_block(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
     return TokenLayout(spans, spans)
 
 
+_MOTIF = replace(_HUNYUAN, name="motif-video", text=_motif_text, at=_motif_block, usual_text=(0, 512))
+
+
 def _cogvideox(config: Any, inputs: Mapping[str, Any]) -> Grid:
     video = inputs.get("hidden_states")
     if video is None or video.ndim != 5:
@@ -184,7 +187,7 @@ def _easyanimate_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]
     return _text(inputs) + (_text(inputs, more) if inputs.get(more) is not None else 0), 0
 
 
-_EASYANIMATE = replace(_COGVIDEOX, name="easyanimate", grid=video_grid, text=_easyanimate_text, usual_text=(0, 0))
+_EASYANIMATE = replace(_COGVIDEOX, name="easyanimate", grid=video_grid, text=_easyanimate_text, usual_text=(256, 0))
 
 
 FAMILIES: dict[str, Family] = {
@@ -192,7 +195,7 @@ FAMILIES: dict[str, Family] = {
     "HunyuanVideoFramepackTransformer3DModel": _FRAMEPACK,
     "HunyuanVideo15Transformer3DModel": _HUNYUAN15,
     "MochiTransformer3DModel": _MOCHI,
-    "MotifVideoTransformer3DModel": replace(_HUNYUAN, name="motif-video", text=_motif_text, at=_motif_block),
+    "MotifVideoTransformer3DModel": _MOTIF,
     "CogVideoXTransformer3DModel": _COGVIDEOX,
     "ConsisIDTransformer3DModel": replace(_COGVIDEOX, name="consisid"),
     "EasyAnimateTransformer3DModel": _EASYANIMATE,
