@@ -1,6 +1,7 @@
 """`fastdiff bench`: what it records, what it refuses, and that its models are those that were published."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,8 @@ from fastdiff import cli
 from fastdiff.bench import kernels, record, rivals, shapes
 from fastdiff.bench.architectures import ARCHITECTURES
 from fastdiff.bench.breakdown import add_up
-from fastdiff.bench.models import depths, scaled
-from fastdiff.bench.published import Draw
+from fastdiff.bench.models import ModelBench, depths, scaled
+from fastdiff.bench.published import Draw, wan_inputs
 from fastdiff.bench.truth import check_agents, check_gradients, check_output
 from fastdiff.commands import bench
 from fastdiff.methods import AgentConfig, NeighborhoodConfig, RadialConfig, build_plan
@@ -278,3 +279,31 @@ def test_a_commit_is_not_that_of_somebody_elses_checkout(monkeypatch):
     monkeypatch.setattr(record.subprocess, "run", lambda *words, **more: next(done))
     assert record.conditions("cpu", None)["commit"] == "unknown"
     assert record.conditions("cpu", "abc")["commit"] == "abc"
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    def test_kernels(self):
+        grid = Grid(4, 16, 16)
+        shape = shapes.Shape("tiny", "for a test", grid, 2, 64, lambda: (RADIAL,), backward=True, reorder=True)
+        found = kernels.Bench(shape, "cuda", 2)
+        names = [one["kernel"] for one in found.run()] + list(found.missing)
+        assert {*rivals.SDPA_BACKENDS, "FlexAttention, dense", kernels.REORDER} <= set(names)
+        ours = [one for one in found.records if one["kernel"].startswith("fastdiff triton")]
+        assert [one["direction"] for one in ours] == ["forward", "backward"]
+
+    def test_models(self):
+        small = next(one for one in ARCHITECTURES if one.name == "wan-1.3b")
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "num_layers": 7}
+        grid = Grid(5, 16, 16)
+        small = replace(small, config=small.config | sizes, grid=grid, inputs=wan_inputs(grid), heads=2, head_dim=64)
+        found = ModelBench(small, density=0.5, full=False, repeats=2)
+        records = found.run()
+        assert found.missing == {}
+        assert [one["mode"] for one in records] == ["eager"] * 5 + ["compiled"] * 5
+        for one in records:
+            assert one["milliseconds"] > 0
+            assert one["breakdown"]["attention"] > 0
+            assert one["breakdown"]["linears"] > 0
+            assert (one["config"] is None) == (one["density"] == 1) == (one["plan_milliseconds"] is None)
+            assert one["config"] is None or one["breakdown"]["reorder"] > 0

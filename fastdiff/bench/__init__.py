@@ -1,1 +1,1 @@
-"""Benchmarks of kernels alone and of whole models, for the user's own GPU. They refuse to time what is wrong."""
+"""Benchmarks for the user's own GPU: kernels alone, which are checked before they are timed, and whole models."""
