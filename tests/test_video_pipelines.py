@@ -193,6 +193,12 @@ PIPES = {
         absent=TEXT,
         parts=lambda: {"vae": tiny_vae()},
     ),
+    # It steps copies of its scheduler, one for each frame.
+    "SkyReelsV2DiffusionForcingPipeline": Pipe(
+        lambda: tiny.wan_relative("SkyReelsV2Transformer3DModel"),
+        lambda: size() | embeds() | {"prompt": None, "ar_step": 0},
+        scheduler=lambda: tiny_scheduler("unipc"),
+    ),
     "SkyReelsV2Pipeline": Pipe(lambda: tiny.wan_relative("SkyReelsV2Transformer3DModel"), lambda: size() | embeds()),
 }
 

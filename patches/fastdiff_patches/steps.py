@@ -71,7 +71,7 @@ class StepReader:
         """The current step and the number of steps; (None, None) outside a denoising run.
 
         Args:
-            timestep: What the model is called with. Only looked at for schedulers without a `step_index`, which
+            timestep: What the model is called with. Only looked at while the scheduler has no `step_index`, which
                 costs a synchronisation with the device.
         """
         scheduler = self.scheduler()
@@ -84,13 +84,18 @@ class StepReader:
 
 
 def _index(scheduler: Any, timestep: torch.Tensor | float | None) -> int | None:
-    if hasattr(scheduler, "step_index"):
-        # None until the first step() of a run.
-        step = scheduler.step_index
-        return int((scheduler.begin_index or 0) if step is None else step)
+    step = getattr(scheduler, "step_index", None)
+    if step is not None:
+        return int(step)
     if timestep is None:
-        return None
+        return int(scheduler.begin_index or 0) if hasattr(scheduler, "step_index") else None
     # One timestep per frame or token: the reference frames of image-to-video stand at 0.
     now = torch.as_tensor(timestep, dtype=torch.float32).max()
     listed = torch.as_tensor(scheduler.timesteps, dtype=torch.float32)
-    return int((listed - now.to(listed.device)).abs().argmin())
+    away = (listed - now.to(listed.device)).abs()
+    if hasattr(scheduler, "step_index"):
+        # The first step of a run, or any where the pipeline steps copies of the scheduler (SkyReels-V2, diffusion
+        # forcing). Some models are called with timesteps of another scale, which are none of those listed.
+        step, distance = int(away.argmin()), float(away.min())
+        return step if distance == 0 else int(scheduler.begin_index or 0)
+    return int(away.argmin())
