@@ -56,6 +56,8 @@ class Bench:
         Raises:
             WrongResultError: If a kernel computes something else; it and all after it are not timed.
         """
+        # FlexAttention compiles anew for each call, and torch would give up after some and run it slowly.
+        torch._dynamo.reset()
         for name, attend in dense_kernels(self.device).items():
             self._guest(name, lambda name=name, attend=attend: self._measure(name, None, attend))
         first = True
@@ -133,7 +135,6 @@ class Bench:
         if density is None:
             density = 1.0 if plan is None else plan.density()
         shape, median = self.shape, statistics.median(times)
-        flops = 4 * shape.heads * shape.tokens**2 * shape.head_dim * density * (2.5 if direction == "backward" else 1)
         self.records.append(
             {
                 "kernel": kernel,
@@ -146,7 +147,7 @@ class Bench:
                 "direction": direction,
                 "milliseconds": round(median, 3),
                 "spread": round(max(times) - min(times), 3),
-                "tflops": round(flops / median / 1e9, 3),
+                "tflops": round(operations(shape, density, direction) / median / 1e9, 3),
             }
         )
         _logger.info("%s, %s: %.3f ms", self._what(kernel), direction, median)
@@ -171,6 +172,12 @@ class Bench:
         return choose_backend("auto", torch.device(self.device), self.shape.dtype, self.shape.head_dim)
 
 
+def operations(shape: Shape, density: float, direction: str) -> float:
+    """Floating-point operations of the computed score blocks."""
+    forward = 4 * shape.heads * shape.tokens**2 * shape.head_dim * density
+    return 2.5 * forward if direction == "backward" else forward
+
+
 def name_of(config: Any) -> str:
     """A method with its settings, as records carry it."""
     if isinstance(config, RadialConfig):
@@ -183,5 +190,6 @@ def name_of(config: Any) -> str:
         return "paro, random blocks"
     if isinstance(config, NeighborhoodConfig) and set(config.window) == {None}:
         return "every block"
-    sides = ["x".join(map(str, side)) for side in (config.window, config.stride) if isinstance(side, tuple)]
-    return "neighborhood " + ", stride ".join(sides)
+    sides = [side for side in (config.window, config.stride) if isinstance(side, tuple)]
+    texts = ["x".join("all" if width is None else str(width) for width in side) for side in sides]
+    return "neighborhood " + ", stride ".join(texts)
