@@ -72,9 +72,9 @@ FULL = {
         latent_batches=16,
         buckets=(
             Bucket(128, 128, 65536, 64, 1.0, 256, SHORT_TEXT, compiled=True, until=SMALL),
-            Bucket(256, 256, 32768, 48, 0.75, 64, SHORT_TEXT, compiled=True, since=SMALL),
+            Bucket(256, 256, 32768, 48, 0.71, 64, SHORT_TEXT, compiled=True, since=SMALL),
             Bucket(256, 256, 4096, 32, 0.07, 64, LONG_TEXT, since=SMALL),
-            Bucket(512, 512, 2048, 10, 0.08, 16, SHORT_TEXT, since=SMALL),
+            Bucket(512, 512, 2048, 10, 0.12, 16, SHORT_TEXT, since=SMALL),
             Bucket(192, 320, 2048, 48, 0.05, 64, SHORT_TEXT, since=SMALL),
             Bucket(320, 192, 2048, 48, 0.05, 64, SHORT_TEXT, since=SMALL),
         ),
