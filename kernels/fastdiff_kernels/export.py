@@ -71,18 +71,16 @@ def flex_block_mask(plan: BlockPlan, key_mask: torch.Tensor | None = None) -> Bl
         A mask for `[batch, heads, slots, head_dim]`, with the plan's block sizes.
     """
     full, partial = plan.full, plan.partial
-    sees, state = _pair_test(plan), _states(plan)
+    state, sees = _states(plan), _pair_test(plan)
     if key_mask is None:
-
-        def mask_mod(b, h, q, k):
-            return sees(h, q, k, _of_head(state, h)[q // plan.query.block, k // plan.key.block])
+        mask_mod = sees
     else:
         exists = to_slots(key_mask[..., None].expand(-1, -1, plan.key.order.shape[0]), plan.key).transpose(1, 2)
+        exists = exists.contiguous() if exists.shape[1] > 1 else exists[:, 0]
         full, partial = BlockList.from_mask(torch.zeros_like(state, dtype=torch.bool)), BlockList.from_mask(state != 0)
 
         def mask_mod(b, h, q, k):
-            seen = sees(h, q, k, _of_head(state, h)[q // plan.query.block, k // plan.key.block])
-            return seen & (exists[b, h, k] if exists.shape[1] > 1 else exists[b, 0, k])
+            return sees(b, h, q, k) & (exists[b, h, k] if exists.dim() == 3 else exists[b, k])
 
     counts, indices = _rows(partial, plan.key_blocks)
     return BlockMask.from_kv_blocks(
@@ -219,58 +217,69 @@ def _states(plan: BlockPlan) -> torch.Tensor:
     return full * FULL + partial * PARTIAL
 
 
-def _of_head(x: torch.Tensor, head):
-    """What is for one head, of a tensor `[1 or heads, ...]`."""
-    return x[head] if x.shape[0] > 1 else x[0]
+# FlexAttention compiles functions of single numbers: tables are looked up number by number, never row by row.
+
+
+def _lookup(table: torch.Tensor) -> Callable:
+    """(head, *place) -> the number of a tensor `[1 or heads, ...]` that stands there."""
+    table = table.contiguous()
+    if table.shape[0] > 1:
+        return lambda h, *place: table[(h, *place)]
+    shared = table[0]
+    return lambda h, *place: shared[place]
 
 
 def _pair_test(plan: BlockPlan) -> Callable:
-    """(head, query slot, key slot, state of their blocks) -> whether the pair is computed, element by element."""
-    rule, q_table, k_table = _rule_test(plan), plan.query.table, plan.key.table
+    """(batch, head, query slot, key slot) -> whether the pair is computed."""
+    rule, state = _rule_test(plan), _lookup(_states(plan))
+    whole, by_rule, span = (_lookup(x) for x in (*plan.query.table[..., 3:].unbind(-1), plan.key.table[..., 3]))
+    block_q, block_k = plan.query.block, plan.key.block
 
-    def sees(h, q, k, state):
-        query, span = _of_head(q_table, h)[q], _of_head(k_table, h)[k, 3]
-        whole, by_rule = (query[3] & span) != 0, (query[4] & span) != 0
-        pair = whole | (by_rule & rule(h, q, k))
-        return (state == FULL) | ((state == PARTIAL) & pair)
+    def sees(b, h, q, k):
+        here, of = state(h, q // block_q, k // block_k), span(h, k)
+        pair = ((whole(h, q) & of) != 0) | (((by_rule(h, q) & of) != 0) & rule(h, q, k))
+        return (here == FULL) | ((here == PARTIAL) & pair)
 
     return sees
 
 
 def _rule_test(plan: BlockPlan) -> Callable:
-    kind, parameters, q_table, k_table = plan.rule.kind, plan.rule.parameters, plan.query.table, plan.key.table
+    kind, parameters = plan.rule.kind, plan.rule.parameters
+    q_axes, k_axes = ([_lookup(side.table[..., axis]) for axis in range(3)] for side in (plan.query, plan.key))
     if kind == RuleKind.METRIC:
         a, b, sink_frames, _ = parameters[:METRIC_HEADER].tolist()
-        limits = plan.rule.limits()
+        limits = plan.rule.limits().contiguous()
 
         def metric(h, q, k):
-            query, key = _of_head(q_table, h)[q], _of_head(k_table, h)[k]
-            dt, dy, dx = (query[axis] - key[axis] for axis in range(3))
-            return (a * dy * dy + b * dx * dx < limits[dt.abs()]) | (key[0] < sink_frames)
+            dt, dy, dx = (q_axis(h, q) - k_axis(h, k) for q_axis, k_axis in zip(q_axes, k_axes, strict=True))
+            return (a * dy * dy + b * dx * dx < limits[dt.abs()]) | (k_axes[0](h, k) < sink_frames)
 
         return metric
     if kind == RuleKind.BOX:
-        tables = [plan.rule.axis_tables(axis) for axis in range(BOX_HEADER)]
+        ends = []
+        for axis in range(BOX_HEADER):
+            first, last = plan.rule.axis_tables(axis)
+            # Tokens that no rule is for, of a reference image say, may stand beyond the tables.
+            place = plan.query.table[..., axis].long().clamp(max=len(first) - 1)
+            ends.append((_lookup(first[place]), _lookup(last[place]), k_axes[axis]))
 
         def box(h, q, k):
-            query, key = _of_head(q_table, h)[q], _of_head(k_table, h)[k]
-            inside = key[0] >= 0
-            for axis, (first, last) in enumerate(tables):
-                # Tokens that no rule is for, of a reference image say, may stand beyond the tables.
-                place = query[axis].clamp(max=len(first) - 1)
-                inside = inside & (first[place] <= key[axis]) & (key[axis] <= last[place])
+            inside = k >= 0
+            for first, last, axis in ends:
+                inside = inside & (first(h, q) <= axis(h, k)) & (axis(h, k) <= last(h, q))
             return inside
 
         return box
     if kind == RuleKind.BITS:
         words = plan.bits.new_zeros(plan.lists, plan.query_blocks, plan.key_blocks)
         words[plan.partial.mask(plan.key_blocks)] = plan.bits
+        word = _lookup(words)
         q_side, k_side, columns = parameters.tolist()
         block_q, block_k = plan.query.block, plan.key.block
 
         def bits(h, q, k):
             place = (q % block_q) // q_side * columns + (k % block_k) // k_side
-            return ((_of_head(words, h)[q // block_q, k // block_k] >> place) & 1) != 0
+            return ((word(h, q // block_q, k // block_k) >> place) & 1) != 0
 
         return bits
     return lambda h, q, k: k >= 0
