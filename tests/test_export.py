@@ -22,6 +22,7 @@ from fastdiff_kernels import (
     export,
     snake_order,
 )
+from fastdiff_kernels.agent import agent_backend
 from fastdiff_kernels.reference import dense_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -220,3 +221,9 @@ def test_what_is_missing_or_does_not_fit_is_refused(monkeypatch):
         attention(q.double(), k.double(), v.double(), plan, backend="flex")
     with pytest.raises(Exception, match="cannot be traced"):
         torch.compile(lambda x: attention(x, x, x, plan, backend="flex"), backend="eager", fullgraph=True)(v)
+
+
+@pytest.mark.parametrize("backend", ["flex", "fa4"])
+def test_agents_are_for_neither(backend):
+    with pytest.raises(UnsupportedError, match=f"{backend!r} has no kernel for agent"):
+        agent_backend(backend)

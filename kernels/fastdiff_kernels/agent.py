@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .agent_plan import AgentPlan
 from .agent_spans import Ranges
-from .attention import BACKENDS
+from .attention import BACKENDS, GUESTS
 from .errors import InvalidInputError, UnsupportedError
 from .ops import check_call
 
@@ -89,7 +89,7 @@ def agent_attention(
 
     Raises:
         InvalidInputError: If shapes, dtypes, devices or the backend's name do not fit.
-        UnsupportedError: If the backend is `"triton"`, which has no kernel for it.
+        UnsupportedError: If the backend has no kernel for it: `"triton"`, `"flex"` and `"fa4"`.
     """
     if not torch.compiler.is_compiling():
         check_call(q, k, v, plan, key_mask)
@@ -141,12 +141,12 @@ def agent_backend(backend: str) -> str:
 
     Raises:
         InvalidInputError: If there is no such backend.
-        UnsupportedError: If it is `"triton"`, which has no kernel for it.
+        UnsupportedError: If it is one that has no kernel for it.
     """
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
-    if backend == "triton":
-        raise UnsupportedError("backend 'triton' has no kernel for agent attention; use backend='auto' or 'torch'.")
+    if backend in ("triton", *GUESTS):
+        raise UnsupportedError(f"backend {backend!r} has no kernel for agent attention; use backend='auto' or 'torch'.")
     return "torch" if backend == "auto" else backend
 
 
