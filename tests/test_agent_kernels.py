@@ -265,8 +265,9 @@ def test_calls_that_do_not_fit_are_refused():
         call = {"q": q, "k": k, "v": v, "agents": agents, **more}
         with pytest.raises(InvalidInputError, match=message):
             agent_attention(plan=plan, **call)
-    with pytest.raises(UnsupportedError, match="no kernel for agent"):
-        agent_attention(q, k, v, agents, plan, backend="triton")
+    for backend in ("triton", "flex", "fa4"):
+        with pytest.raises(UnsupportedError, match=f"'{backend}' has no kernel for agent"):
+            agent_attention(q, k, v, agents, plan, backend=backend)
 
 
 def test_training_goes_past_cudnn(monkeypatch):
