@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ahead_of_time import shared_memory
 
 pytest.importorskip("triton")
 
@@ -52,6 +53,37 @@ def test_any_number_of_tensors_in_any_dtype(count, dtype):
     for found, pair in zip(gather(*pairs), pairs, strict=True):
         assert found.dtype == dtype
         assert torch.equal(found, indexed(*pair))
+
+
+COMPILE = """
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastdiff_kernels.reorder import MOST, _gather_kernel as kernel
+
+backend, arch = sys.argv[1:]
+target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
+constants = {"WIDTH": 3072, "PIECE": 512, "ROWS": 8, "COLUMNS": 512, "UNIT": 8, "TENSORS": MOST}
+kinds = dict.fromkeys(constants, "constexpr")
+for n in range(MOST):
+    kinds |= {f"x{n}": "*bf16", f"out{n}": "*bf16", f"order{n}": "*i32"}
+names = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+pointers = [place for place, name in enumerate(kernel.arg_names) if name[:-1] in ("x", "out")]
+aligned = {(place,): [["tt.divisibility", 16]] for place in pointers}
+built = triton.compile(ASTSource(kernel, names, constants, aligned), target=target, options={"num_warps": 4})
+if backend == "cuda":
+    assert "ld.global.v4.b32" in built.asm["ptx"], "sixteen bytes at a time"
+print(built.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("target", ["cuda 80", "cuda 90", "hip gfx942"])
+def test_it_builds_for_gpus_and_moves_sixteen_bytes_at_a_time(target, tmp_path):
+    (found,) = shared_memory(COMPILE, target.split(), tmp_path)
+    assert found <= 65_536
 
 
 @pytest.mark.gpu
