@@ -82,7 +82,7 @@ def values(model, inputs) -> dict[str, torch.Tensor]:
     try:
         for name, module in modules.items():
             layer = Layer(0, name, 1, 1, Recorder(extras=found[name]), "auto", family)
-            layer.prepare(object(), tokens=family.layout(model.config, inputs).key_tokens)
+            layer.prepare(object(), parts=(family.layout(model.config, inputs).key_tokens,))
             module.processor = seam.adopt(family.processor(module.processor), layer)
         run(model, inputs)
     finally:

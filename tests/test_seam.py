@@ -287,8 +287,6 @@ def test_what_the_sparse_path_cannot_do_is_refused():
         layer.attend(query, query, query, None, 0.0, True, None, None)
     with pytest.raises(UnsupportedError, match="1 query heads and 2 key heads"):
         layer.attend(key, query, query, None, 0.0, False, None, None)
-    with pytest.raises(UnsupportedError, match="context parallelism"):
-        layer.attend(query, query, query, None, 0.0, False, None, object())
 
 
 def test_query_heads_may_share_a_key_head():

@@ -20,6 +20,7 @@ from .locate import self_attention, unwrap
 from .planner import Plan, Planner, Schedule
 from .processor import Layer
 from .steps import StepReader
+from .ulysses import parts_of
 
 _logger = logging.getLogger("fastdiff")
 _SEEN_LIMIT = 8
@@ -183,7 +184,7 @@ class Attachment:
                 layer, place = binding.layer, places[binding.name]
                 dense = place.coarse is not None or self.schedule.is_dense(step, steps, layer.index, self.total)
                 plan = None if dense else self.plan(layer, place.layout, step, steps, latents.device)
-                layer.prepare(plan, self.seed, place.layout.query_tokens)
+                layer.prepare(plan, self.seed, parts_of(place.layout))
 
     def places(self, config: Any, layout: TokenLayout) -> dict[str, Place]:
         """Where each layer stands in a forward of the model's layout, by name.

@@ -13,6 +13,7 @@ from fastdiff_kernels import InvalidInputError, UnsupportedError
 
 from .families import Family
 from .planner import Extras, Plan, Planner
+from .ulysses import Ulysses
 
 _logger = logging.getLogger("fastdiff")
 
@@ -31,6 +32,7 @@ class Layer:
         ready: Whether the pre-hook has prepared this layer for the running forward.
         active: Whether the running forward is sparse here.
         tokens: How many tokens the layout has here.
+        parts: The same by runs that context parallelism splits apart.
         stray: How many tokens the last call had instead, None if it was meant.
         plan: What to compute when it is.
         needs: What the planner needs, see `NEEDS`.
@@ -55,7 +57,7 @@ class Layer:
         self.plan: Plan | None = None
         self.seed: torch.Tensor | None = None
         self.block_input: torch.Tensor | None = None
-        self.tokens = 0
+        self.tokens, self.parts = 0, ()
         self.stray: int | None = None
         self.ready = self.active = False
         self.reached = self.warned = False
@@ -70,15 +72,16 @@ class Layer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plan": None, "block_input": None, "ready": False, "active": False}
 
-    def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, tokens: int = 0) -> None:
+    def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, parts: tuple[int, ...] = ()) -> None:
         """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
-        self.plan, self.active, self.ready, self.seed, self.tokens = plan, plan is not None, True, seed, tokens
+        self.plan, self.active, self.ready, self.seed = plan, plan is not None, True, seed
+        self.tokens, self.parts = sum(parts), parts
 
     def retire(self) -> None:
         """Unbinds the layer: a processor that still holds it raises when it is called."""
         self.plan, self.active, self.ready = None, False, False
 
-    def takes(self, queries: int, keys: int) -> bool:
+    def takes(self, queries: int, keys: int, parallel: Any = None) -> bool:
         """Whether the running call is for us; IP-adapters attend to their own keys in the same processor."""
         if not self.ready:
             raise InvalidInputError(
@@ -88,7 +91,8 @@ class Layer:
             )
         if not self.active or self.family is None or not self.family.by_length:
             return self.active and queries == keys
-        meant = queries == keys == self.tokens
+        shares = self._shares(parallel)
+        meant = queries == keys == (self.tokens if shares is None else shares.own)
         if not meant and not torch.compiler.is_compiling() and not self.reached:
             self.stray = queries
         return meant
@@ -164,11 +168,6 @@ class Layer:
         """
         if not torch.compiler.is_compiling():
             self.reached, self.stray = True, None
-        if parallel is not None:
-            raise UnsupportedError(
-                "context parallelism is on and sparse attention does not support it yet; call fastdiff.remove(pipe), "
-                "or run on one device."
-            )
         group, rest = divmod(query.shape[2], key.shape[2])
         if causal or dropout or rest:
             raise UnsupportedError(
@@ -182,14 +181,39 @@ class Layer:
         if "pre_rope_query" in self.needs:
             inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
         mask = mask if self.family is None else self.family.mask(mask)
-        queries, key_mask = query.shape[1], _key_mask(mask, key)
+        key_mask, shares = _key_mask(mask, key), self._shares(parallel)
+        if shares is not None:
+            self._check_shares(shares, query)
+            query, key, value = (shares.gather(x) for x in (query, key, value))
+            key_mask = None if key_mask is None else shares.gather_mask(key_mask)
+        queries = query.shape[1]
         if self.family is not None and self.family.text_varies:
             # The plan is that of the longest text. No branch, since torch.compile may not know the lengths.
             query, key, value = (F.pad(x, (0, 0, 0, 0, 0, self.tokens - queries)) for x in (query, key, value))
             seen = (torch.arange(self.tokens, device=key.device) < queries).expand(len(key), -1)
             key_mask = seen if key_mask is None else seen & F.pad(key_mask, (0, self.tokens - queries))
-        out = self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, key_mask))
-        return out[:, :queries]
+        out = self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, key_mask))[:, :queries]
+        return out if shares is None else shares.scatter(out)
+
+    def _shares(self, parallel: Any) -> Ulysses | None:
+        config = None if parallel is None else parallel.context_parallel_config
+        return None if config is None else Ulysses.of(config, self.parts)
+
+    def _check_shares(self, shares: Ulysses, query: torch.Tensor) -> None:
+        shares.check_heads(query.shape[2])
+        each_head = getattr(self.plan, "heads", None) is not None
+        if self.needs or each_head or (self.family is not None and self.family.text_varies):
+            what = "has a plan for each head" if each_head else f"needs {', '.join(sorted(self.needs)) or 'all text'}"
+            raise UnsupportedError(
+                f"context parallelism is on, and {self.name} {what}, of which a process knows only its share; choose a "
+                "method that does without, or call fastdiff.remove."
+            )
+        if query.shape[1] != shares.own:
+            raise UnsupportedError(
+                f"context parallelism gave {self.name} {query.shape[1]} tokens; of the parts of "
+                f"{', '.join(map(str, self.parts))} tokens, text and picture apart, process {shares.rank} was expected "
+                f"to hold {shares.own}. Use the model's own _cp_plan, or call fastdiff.remove."
+            )
 
     def _query_before_rope(self, query: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         norms = self.family.query_norms

@@ -27,7 +27,7 @@ _HANDLE = "_fastdiff"
 class Layer(Protocol):
     """The handle on an adopted processor."""
 
-    def takes(self, queries: int, keys: int) -> bool: ...
+    def takes(self, queries: int, keys: int, parallel: Any = None) -> bool: ...
 
     def entered(self) -> None: ...
 
@@ -77,7 +77,7 @@ def _dispatch(
     parallel_config=None,
 ):
     layer = _here.layer
-    if layer is not None and layer.takes(query.shape[1], key.shape[1]):
+    if layer is not None and layer.takes(query.shape[1], key.shape[1], parallel_config):
         return layer.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config, _here.inputs)
     return attention_dispatch.dispatch_attention_fn(
         query,

@@ -1,0 +1,62 @@
+"""Context parallelism over two processes with gloo: the same as in one, or refused."""
+
+import json
+import re
+
+import pytest
+import torch
+import torch.multiprocessing as processes
+
+pytest.importorskip("diffusers.hooks.context_parallel")
+
+import ulysses_worker
+
+from fastdiff_kernels import Grid, Span, TokenLayout
+from fastdiff_patches.ulysses import Ulysses, parts_of
+
+REFUSED = {
+    "three heads": "InvalidInputError: 3 attention heads do not divide among 2",
+    "a plan for each head": "UnsupportedError: .*has a plan for each head",
+    "needs": "UnsupportedError: .*needs pre_rope_query",
+    "ring": "UnsupportedError: .*ring_degree=2; sparse attention needs the whole sequence",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ulysses")
+    processes.start_processes(ulysses_worker.work, (str(folder),), nprocs=2, start_method="spawn")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [name for name in ulysses_worker.CASES if name not in REFUSED])
+def test_two_processes_make_what_one_makes(found, name):
+    for result in found:
+        assert result[name]["apart"] < 2e-6
+        assert result[name]["removed"] < 2e-6
+        assert result[name]["effect"] > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gradients", "gradients, compiled"])
+def test_gradients_run_back_through_the_exchange(found, name):
+    assert all(result[name]["apart"] < 1e-5 for result in found)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_process_can_know_is_refused(found, name):
+    for result in found:
+        assert re.match(REFUSED[name], result[name]["error"])
+
+
+def test_parts_are_text_and_what_is_no_text():
+    text, grid, reference = Span("text", 4), Span("grid", 6, Grid(1, 2, 3)), Span("reference", 2)
+    spans = (text, text, grid, reference, text)
+    assert parts_of(TokenLayout(spans, spans)) == (8, 8, 4)
+
+
+def test_the_order_of_the_sequence_comes_back():
+    shares = Ulysses(None, 0, ((2, 3), (1, 2)))
+    by_process = torch.tensor([0, 1, 10, 11, 12, 2, 13, 14])
+    in_sequence = shares._ordered(by_process, by_part=True)
+    assert in_sequence.tolist() == [0, 1, 2, 10, 11, 12, 13, 14]
+    assert torch.equal(shares._ordered(in_sequence, by_part=False), by_process)

@@ -1,0 +1,119 @@
+"""What each of two processes runs for test_ulysses.py: models whole, then shared, and how far apart the two are."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.distributed as dist
+from fake_planner import FakePlanner, put_on
+from tiny_models import model_inputs, tiny_wan
+from tiny_packed_models import qwen_inputs, tiny_qwen
+from tiny_picture_models import flux_inputs, tiny_flux
+
+import fastdiff
+
+RADIAL = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=32)
+NEAR = fastdiff.NeighborhoodConfig((3, 3), block_size=32)
+POOLED = fastdiff.ClearConfig(radius=2, pool_factor=2, block_size=32)
+FLUX = {"height": 6, "width": 8, "text": 4}
+
+# The model, its arguments, the method, and what the context parallelism is told besides its degree.
+CASES = {
+    "wan": (tiny_wan, model_inputs(frames=4, height=12, width=20), RADIAL, {}),
+    "wan, batch of 2": (tiny_wan, model_inputs(frames=4, height=12, width=20, batch=2), RADIAL, {}),
+    "flux": (tiny_flux, flux_inputs(**FLUX), NEAR, {}),
+    "flux, pooled keys": (tiny_flux, flux_inputs(**FLUX), POOLED, {}),
+    "flux, a reference image": (tiny_flux, flux_inputs(**FLUX, reference=(2, 3)), NEAR, {}),
+    "qwen": (tiny_qwen, qwen_inputs((1, 6, 8), text=6), NEAR, {}),
+    "qwen, masked text": (tiny_qwen, qwen_inputs((1, 6, 8), text=6, valid=4), NEAR, {}),
+    # gloo gathers only what all processes have equally much of, so the picture's tokens stay even.
+    "flux, odd text": (tiny_flux, flux_inputs(**FLUX | {"text": 3}), NEAR, {"ulysses_anything": True}),
+    "three heads": (lambda: tiny_flux(heads=3), flux_inputs(**FLUX), NEAR, {}),
+    "a plan for each head": (tiny_flux, flux_inputs(**FLUX), "each head", {}),
+    "needs": (tiny_flux, flux_inputs(**FLUX), "needs", {}),
+    "ring": (tiny_wan, model_inputs(frames=4, height=12, width=20), RADIAL, {"ring_degree": 2}),
+}
+
+
+class EachHead(FakePlanner):
+    def plan(self, *args, heads, **more):
+        plan = super().plan(*args, heads=heads, **more)
+        plan.heads = heads
+        return plan
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def put(model, method):
+    if method == "each head":
+        put_on(model, EachHead())
+    elif method == "needs":
+        put_on(model, FakePlanner(needs=frozenset({"pre_rope_query"})))
+    else:
+        fastdiff.apply(model, method)
+
+
+def share(model, more):
+    degree = {} if "ring_degree" in more else {"ulysses_degree": 2}
+    model.enable_parallelism(config=diffusers.ContextParallelConfig(**degree, **more))
+
+
+def compare(build, inputs, method, more) -> dict:
+    torch.manual_seed(0)
+    model = build()
+    dense = run(model, inputs)
+    put(model, method)
+    whole = run(model, inputs)
+    share(model, more)
+    try:
+        shared = run(model, inputs)
+    except (fastdiff.FastDiffError, AssertionError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    fastdiff.remove(model)
+    return {
+        "apart": (shared - whole).abs().max().item(),
+        "effect": (dense - whole).abs().max().item(),
+        "removed": (run(model, inputs) - dense).abs().max().item(),
+    }
+
+
+def gradients(compiled: bool) -> dict:
+    """Each process has the gradient of its tokens; together that of all."""
+    torch.manual_seed(0)
+    model = fastdiff.apply(tiny_flux(), NEAR)
+    inputs = flux_inputs(**FLUX)
+    found = []
+    for shared in (False, True):
+        model.zero_grad()
+        if shared:
+            share(model, {})
+            if compiled:
+                model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        model(**inputs)[0].square().mean().backward()
+        # The last layer works on gathered tokens, and the embeddings of the timestep on none of the sequence's.
+        block = model.single_transformer_blocks[0].attn
+        found.append([part.weight.grad.clone() for part in (block.to_q, block.to_k, block.to_v)])
+    for gradient in found[1]:
+        dist.all_reduce(gradient)
+    pairs = zip(*found, strict=True)
+    return {"apart": max(((one - other).abs().max() / one.abs().max()).item() for one, other in pairs)}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    # diffusers counts accelerators to place the process, and a CPU is none.
+    torch.accelerator.device_count = lambda: 1
+    found = {name: compare(*case) for name, case in CASES.items()}
+    found["gradients"] = gradients(False)
+    found["gradients, compiled"] = gradients(True)
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
