@@ -18,12 +18,22 @@ if TYPE_CHECKING:
         NeighborhoodAttnProcessor,
         ParoAttnProcessor,
         RadialAttnProcessor,
+        RulesAttnProcessor,
         processors,
     )
     from .calibration import calibrate
     from .clear_weights import load_clear_weights
     from .highres import HighResolution, high_resolution
-    from .methods import AgentConfig, ClearConfig, NeighborhoodConfig, ParoConfig, RadialConfig, load_config
+    from .methods import (
+        AgentConfig,
+        ClearConfig,
+        NeighborhoodConfig,
+        ParoConfig,
+        RadialConfig,
+        Rule,
+        RulesConfig,
+        load_config,
+    )
     from .schedule import DenseSchedule
 
 __version__ = "0.1.0"
@@ -43,6 +53,9 @@ __all__ = [
     "ParoConfig",
     "RadialAttnProcessor",
     "RadialConfig",
+    "Rule",
+    "RulesAttnProcessor",
+    "RulesConfig",
     "TokenLayout",
     "__version__",
     "apply",
@@ -70,6 +83,9 @@ _HOMES = {
     "ParoConfig": "fastdiff.methods",
     "RadialAttnProcessor": "fastdiff.attn_processors",
     "RadialConfig": "fastdiff.methods",
+    "Rule": "fastdiff.methods",
+    "RulesAttnProcessor": "fastdiff.attn_processors",
+    "RulesConfig": "fastdiff.methods",
     "TokenLayout": "fastdiff_kernels",
     "apply": "fastdiff.api",
     "calibrate": "fastdiff.calibration",

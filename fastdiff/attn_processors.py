@@ -161,6 +161,12 @@ class AgentAttnProcessor(MethodAttnProcessor):
     method = "agent"
 
 
+class RulesAttnProcessor(MethodAttnProcessor):
+    """Rules as one object; takes a `RulesConfig` or its `rules`, none of which may name steps."""
+
+    method = "rules"
+
+
 def _from_fields(kind: type[MethodConfig], fields: dict[str, Any]) -> MethodConfig:
     try:
         return kind(**fields)

@@ -136,8 +136,10 @@ def _one(
     steps = steps or attached.steps_seen
     first = attached.layers[0] if attached.layers else None
     open_steps = [step for step in range(steps) if not schedule.is_dense_step(step, steps)] if steps else [None]
-    densities = _densities(attached, places, open_steps, steps)
-    layers = tuple(_layer(attached, layer, places, densities) for layer in attached.layers)
+    # In the order of a run: step by step, and each step layer by layer.
+    asked = open_steps if settings.config.uses_steps and open_steps else [None]
+    densities = _densities(attached, places, asked, steps)
+    layers = tuple(_layer(attached, layer, places, densities, asked, steps) for layer in attached.layers)
     mean = None
     if layers and places:
         own = [places[layer.name].layout for layer in attached.layers]
@@ -164,12 +166,10 @@ def _one(
 
 
 def _densities(
-    attached: Attachment, places: Mapping[str, Place], open_steps: list[int | None], steps: int | None
+    attached: Attachment, places: Mapping[str, Place], asked: list[int | None], steps: int | None
 ) -> dict[str, list[float | None]]:
     """For each layer that may be sparse its density in each step that counts, None where the method is dense."""
-    asked = open_steps if attached.settings.config.uses_steps and open_steps else [None]
     found: dict[str, list[float | None]] = {}
-    # In the order of a run: step by step, and each step layer by layer.
     for step in asked:
         for layer in attached.layers:
             place = places.get(layer.name)
@@ -188,20 +188,31 @@ def _reason(attached: Attachment, layer: Layer, place: Place | None) -> str | No
 
 
 def _layer(
-    attached: Attachment, layer: Layer, places: Mapping[str, Place], densities: Mapping[str, list[float | None]]
+    attached: Attachment,
+    layer: Layer,
+    places: Mapping[str, Place],
+    densities: Mapping[str, list[float | None]],
+    asked: list[int | None],
+    steps: int | None,
 ) -> LayerSummary:
-    method = attached.settings.config.method
+    methods = _methods(attached, layer, asked, steps)
     place, found = places.get(layer.name), densities.get(layer.name)
     why, density = _reason(attached, layer, place), None
-    if found is not None and all(step is None for step in found):
-        why = f"left dense by {method}"
+    if why is None and (methods == "dense" or (found is not None and all(step is None for step in found))):
+        why = f"left dense by {attached.settings.config.method}"
     if why is not None:
         density = 1.0
     elif found is not None:
         density = sum(1.0 if step is None else step for step in found) / len(found)
     grid = None if place is None else str(place.layout.grid)
     known = (layer.index, layer.name, layer.heads, layer.head_dim)
-    return LayerSummary(*known, why is not None, why or method, density, grid)
+    return LayerSummary(*known, why is not None, why or methods, density, grid)
+
+
+def _methods(attached: Attachment, layer: Layer, asked: list[int | None], steps: int | None) -> str:
+    """What decides in a layer in the steps that count; more than one method only under rules."""
+    parts = (attached.settings.config.at(layer.index, attached.total, step, steps) for step in asked)
+    return ", ".join(dict.fromkeys("dense" if part is None else part.method for part in parts))
 
 
 def _runs_on(attached: Attachment, parameter: torch.Tensor, head_dim: int) -> str:

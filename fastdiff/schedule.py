@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from fastdiff_kernels import InvalidInputError
 
-Choice = int | float | tuple[int, ...]
+from .choice import Choice, check_range, count, is_named, read_choice
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,10 @@ class DenseSchedule:
     every: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "first_steps", _choice("dense_steps", self.first_steps))
-        object.__setattr__(self, "layers", _choice("dense_layers", self.layers))
-        object.__setattr__(self, "last_steps", _choice("last_steps", self.last_steps))
-        object.__setattr__(self, "every", _choice("every", self.every))
+        object.__setattr__(self, "first_steps", read_choice("dense_steps", self.first_steps))
+        object.__setattr__(self, "layers", read_choice("dense_layers", self.layers))
+        object.__setattr__(self, "last_steps", read_choice("last_steps", self.last_steps))
+        object.__setattr__(self, "every", read_choice("every", self.every))
         if isinstance(self.last_steps, tuple):
             raise InvalidInputError(f"last_steps is {list(self.last_steps)}; give a number of steps or a share of all.")
         if not isinstance(self.every, int) or self.every == 1:
@@ -56,11 +54,11 @@ class DenseSchedule:
         return self.is_dense_layer(layer, layers) or (step is not None and self.is_dense_step(step, steps))
 
     def is_dense_layer(self, layer: int, layers: int) -> bool:
-        return _named(self.layers, layer, layers)
+        return is_named(self.layers, layer, layers)
 
     def is_dense_step(self, step: int, steps: int) -> bool:
-        last = step >= steps - _count(self.last_steps, steps)
-        return last or _named(self.first_steps, step, steps) or (self.every > 0 and step % self.every == 0)
+        last = step >= steps - count(self.last_steps, steps)
+        return last or is_named(self.first_steps, step, steps) or (self.every > 0 and step % self.every == 0)
 
     def check_layers(self, layers: int) -> None:
         """Compares the layers named here with how many a model has.
@@ -68,7 +66,7 @@ class DenseSchedule:
         Raises:
             InvalidInputError: If the model lacks one.
         """
-        _check_range("dense_layers", self.layers, layers, f"this model has {layers} layers")
+        check_range("dense_layers", self.layers, layers, f"this model has {layers} layers")
 
     def check_steps(self, steps: int) -> None:
         """Compares the steps named here with how many a run has, for callers who know that before.
@@ -76,8 +74,8 @@ class DenseSchedule:
         Raises:
             InvalidInputError: If the run lacks one.
         """
-        _check_range("dense_steps", self.first_steps, steps, f"this run has {steps} steps")
-        _check_range("last_steps", self.last_steps, steps, f"this run has {steps} steps")
+        check_range("dense_steps", self.first_steps, steps, f"this run has {steps} steps")
+        check_range("last_steps", self.last_steps, steps, f"this run has {steps} steps")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: `{"dense_steps": 12, "dense_layers": [0, -1]}`, the rest only where it is set."""
@@ -104,52 +102,3 @@ _KEYS = {
     "dense_last_steps": "last_steps",
     "dense_every": "every",
 }
-
-
-def _choice(name: str, given: Any) -> Choice:
-    single = _whole(given)
-    if single is not None:
-        if single < 0:
-            raise InvalidInputError(f"{name} is {given}; give 0 or more, or a list such as [-1] for the last.")
-        return single
-    if isinstance(given, float) and 0 < given < 1:
-        return given
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes | dict):
-        entries = list(given)
-        indices = [_whole(entry) for entry in entries]
-        if None not in indices:
-            return tuple(sorted(set(indices), key=lambda index: (index < 0, index)))
-        given = entries
-    raise InvalidInputError(
-        f"{name} is {given!r}; give a whole number (the first n), a share between 0 and 1, or a list of whole numbers "
-        "(indices, negative ones from the end)."
-    )
-
-
-def _check_range(name: str, choice: Choice, total: int, has: str) -> None:
-    if not isinstance(choice, tuple):
-        if choice > total:
-            raise InvalidInputError(f"{name} is {choice}; {has}. Give less.")
-        return
-    missing = [index for index in choice if not -total <= index < total]
-    if missing:
-        raise InvalidInputError(f"{name} names {missing}; {has}, so give {-total} to {total - 1}.")
-
-
-def _whole(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _named(choice: Choice, index: int, total: int) -> bool:
-    if isinstance(choice, tuple):
-        return index in choice or index - total in choice
-    return index < _count(choice, total)
-
-
-def _count(choice: int | float, total: int) -> int:
-    return round(choice * total) if isinstance(choice, float) else choice

@@ -108,6 +108,9 @@ class TestMethods:
         more = ["--method", method, "--dense-steps", dense, "--output", str(tmp_path / "out"), "--density", "0.85"]
         if (method, kind) == ("neighborhood", "wan"):
             more[-2:] = ["--config", '{"window": [4, 4, 4], "block_size": 32}']
+        if method == "rules":
+            rules = [{"layers": 1, "config": "dense"}, {"config": {"method": "clear", "radius": 3, "block_size": 32}}]
+            more[-2:] = ["--config", json.dumps({"rules": rules})]
         if method == "radial" and kind != "wan":
             assert "floor" in fails(*words(folders, "compare", kind, *more))
             assert files(tmp_path) == []

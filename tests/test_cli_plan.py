@@ -138,6 +138,7 @@ CONFIGS = {
     "neighborhood": {"window": [3, 4, 4]},
     "clear": {"radius": 3, "pool_factor": 4},
     "agent": {"agents": 12},
+    "rules": {"rules": [{"config": {"method": "radial", "decay_factor": 0.2}}]},
 }
 
 
@@ -175,6 +176,13 @@ class TestLayersAndHeads:
 
     def test_heads_are_drawn_apart(self, picture, calibration):
         assert picture(*self.WORDS, calibration) != picture(*self.WORDS, calibration, "--head", 2)
+
+    def test_rules(self, capsys, plan):
+        rules = [{"layers": "0", "config": "dense"}, {"layers": "1", "config": {"method": "clear", "radius": 2}}]
+        words = ["--grid", "3x8x8", "--config", json.dumps({"method": "rules", "rules": rules})]
+        assert plan("--method", "rules", *words)["density"] == 1
+        alone = plan("--method", "clear", "--grid", "3x8x8", "--config", '{"radius": 2}')
+        assert plan("--method", "rules", *words, "--layer", 1)["density"] == alone["density"] < 1
 
     def test_there_are_no_others(self, fails, calibration):
         assert "3, counted from 0" in fails("plan", *self.WORDS, calibration, "--head", 3)

@@ -51,6 +51,7 @@ class TestUNet:
 def plain_config(method):
     """A config of any method that is the same in all steps, None where it takes a file."""
     settings = {"neighborhood": {"window": (3, 3)}, "clear": {"radius": 3}, "agent": {"agents": 4, "steps": (0, 1)}}
+    settings["rules"] = {"rules": [fastdiff.Rule(WINDOW, layers="-1"), fastdiff.Rule(fastdiff.ClearConfig(3))]}
     return None if method == "paro" else METHODS[method](**settings.get(method, {}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .options import Request, defaults_for, settings_for
 from .pipelines import Job
 from .running import arguments, warm_up
 from .screen import stage
-from .sizes import finest_layer
+from .sizes import LayerShape, finest_layer
 
 # What a model shows while PARO is calibrated; the second where the first is what shall be made.
 _WORLD = ("a blue square and a green ring over a striped ground", "a red triangle and a yellow circle")
@@ -33,6 +33,7 @@ class SparseAttention:
         mean_density: Over all steps and layers.
         sparse_steps: The steps in which some layer is sparse.
         backend: The backend that runs.
+        layer: The first of the layers with the most tokens that are sparse in some step.
     """
 
     config: Any = None
@@ -43,6 +44,7 @@ class SparseAttention:
     dense_steps: int | list[int] = 0
     dense_layers: int | list[int] = 0
     backend: str | None = None
+    layer: LayerShape | None = None
 
     def to_dict(self, made_in: Path, kept_in: Path) -> dict[str, Any]:
         """As a report has it.
@@ -123,17 +125,15 @@ def sparse_attention(pipe: Any, request: Request, job: Job, config: Any) -> Iter
 
 
 def warm_up_sparse(pipe: Any, job: Job, config: Any) -> None:
-    """One step under a method, no step and no layer dense; its result is dropped."""
+    """A step under a method, one for each method of rules, no step and no layer dense; its result is dropped."""
     import fastdiff
 
-    if config.method == "agent":
-        # A run of one step has no early and no late part.
-        config = replace(config, steps=(0.0, 1.0))
-    fastdiff.apply(pipe, config)
-    try:
-        warm_up(pipe, job)
-    finally:
-        fastdiff.remove(pipe)
+    for part in config.in_one_step():
+        fastdiff.apply(pipe, part)
+        try:
+            warm_up(pipe, job)
+        finally:
+            fastdiff.remove(pipe)
 
 
 def _dense_steps(request: Request, job: Job, config: Any) -> int | list[int]:
@@ -144,8 +144,8 @@ def _dense_steps(request: Request, job: Job, config: Any) -> int | list[int]:
     if request.dense_steps is not None:
         DenseSchedule(request.dense_steps).check_steps(job.steps)
         return request.dense_steps
-    # Agents are meant for the first steps, and their config says which.
-    return 0 if config.method == "agent" else round(defaults_for(request.model).dense_share * job.steps)
+    # Agents are meant for the first steps, and their config says which; rules say which steps are dense.
+    return 0 if config.method in ("agent", "rules") else round(defaults_for(request.model).dense_share * job.steps)
 
 
 def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> SparseAttention:
@@ -157,6 +157,7 @@ def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> Sparse
     scores, sparse, computed, all_scores = 0, 0.0, 0.0, 0
     sparse_steps: set[int] = set()
     densities: dict[Any, float] = {None: 1.0}
+    largest: LayerShape | None = None
     for model in locate.transformers(pipe).values():
         attached = attachment.find(model)
         places = attached.places(model.config, whole)
@@ -173,6 +174,8 @@ def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> Sparse
                 if plan is not None:
                     sparse_steps.add(step)
                     sparse, scores = sparse + size * densities[plan], scores + size
+                    if largest is None or layout.query_tokens > largest.layout.query_tokens:
+                        largest = LayerShape(layout, layer.index, layer.heads, layer.head_dim)
     return SparseAttention(
         config,
         attached.planner,
@@ -180,5 +183,6 @@ def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> Sparse
         computed / all_scores,
         tuple(sorted(sparse_steps)),
         backend=fastdiff.summary(pipe).models[0].runs_on,
+        layer=largest,
         **kept,
     )

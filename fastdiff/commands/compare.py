@@ -115,7 +115,7 @@ def _measure(
 
     from .sizes import core, finest_layer
 
-    layer = finest_layer(pipe, job.grid, job.text_tokens)
+    layer = sparse.layer or finest_layer(pipe, job.grid, job.text_tokens)
     dtype = core(pipe).dtype
     alone = attention_speedup(
         sparse.planner,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # The keys of fastdiff.methods.METHODS and fastdiff.assets.EMBEDDED, whose packages bring torch.
-METHODS = ("radial", "neighborhood", "clear", "paro", "agent")
+METHODS = ("radial", "neighborhood", "clear", "paro", "agent", "rules")
 MODELS = ("tiny-wan", "tiny-flux", "tiny-sd")
 
 Model = Annotated[

@@ -18,9 +18,10 @@ from .neighborhood_presets import neighborhood_presets
 from .paro import ParoConfig
 from .planner import Planner
 from .radial import RadialConfig
+from .rules import Rule, RulesConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
-    kind.method: kind for kind in (RadialConfig, NeighborhoodConfig, ClearConfig, ParoConfig, AgentConfig)
+    kind.method: kind for kind in (RadialConfig, NeighborhoodConfig, ClearConfig, ParoConfig, AgentConfig, RulesConfig)
 }
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "NeighborhoodConfig",
     "ParoConfig",
     "RadialConfig",
+    "Rule",
+    "RulesConfig",
     "build_plan",
     "load_config",
     "neighborhood_presets",
@@ -84,7 +87,16 @@ def planner_for(config: MethodConfig) -> Planner:
 
 
 def build_plan(config: MethodConfig, layout: TokenLayout, device: str = "cpu", layer: int = 0) -> BlockPlan | None:
-    """A method's plan for a layout in one layer, as it is outside a denoising run; None where it is dense."""
-    return config.planner().plan(
-        layout, layer=layer, step=None, steps=None, heads=None, head_dim=None, device=torch.device(device)
+    """A method's plan for a layout in one layer, as it is outside a denoising run; None where it is dense.
+
+    Raises:
+        InvalidInputError: If rules count layers from the end or by share.
+    """
+    part = config.at(layer)
+    return (
+        None
+        if part is None
+        else part.planner().plan(
+            layout, layer=layer, step=None, steps=None, heads=None, head_dim=None, device=torch.device(device)
+        )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from fastdiff_kernels import AgentPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
@@ -151,6 +151,10 @@ class AgentConfig(MethodConfig):
                 "wider range as steps=, or run more of them."
             )
         return False
+
+    def in_one_step(self) -> tuple[AgentConfig, ...]:
+        # A run of one step has no early and no late part.
+        return (replace(self, steps=(0.0, 1.0)),)
 
     def planner(self) -> AgentPlanner:
         from .agent_planner import AgentPlanner

@@ -45,6 +45,17 @@ class MethodConfig(ABC):
         """Whether a plan depends on the denoising step; then a pipeline must be there to tell it."""
         return False
 
+    def at(
+        self, layer: int, layers: int | None = None, step: int | None = None, steps: int | None = None
+    ) -> MethodConfig | None:
+        """The config that decides in a layer (of `layers`) at a step (of `steps`), None for dense: this one, but for
+        rules. What is not known is None."""
+        return self
+
+    def in_one_step(self) -> tuple[MethodConfig, ...]:
+        """Configs that show in runs of one step all that this one does in a longer run, for warm-ups."""
+        return (self,)
+
     @classmethod
     @abstractmethod
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> MethodConfig:
