@@ -187,6 +187,14 @@ def test_hopper_forward(variant, poison):
         run(variant, number, check, positive=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("variant", HOPPER, ids=str)
+def test_hopper_backward(variant, poison):
+    for number in shapes(HOPPER):
+        run(variant, number, lambda call, rng: check_backward(call, rng, variant.lse), positive=True)
+
+
 @pytest.mark.parametrize("variant", PORTABLE, ids=str)
 def test_the_torch_backend(variant, poison):
     def check(call, rng):
@@ -221,6 +229,17 @@ def check_agents(head_dim: int, dtype: torch.dtype, masked: bool, rng: Random) -
         bias = AgentBias(*parts, draw_tensor(rng, 1, plan.grid.tokens, 1, 12, FULL, DEVICE)[0, :, 0])
     truth = agent_attention(*exact, plan, backend="reference", bias=bias, **more)
     found = [agent_attention(q, k, v, agents, plan, bias=bias, **more) for _ in range(2)]
-    what = f"{plan} of {list(q.shape)} queries, {more['scale2']}, bias {bias is not None}"
+    what = f"{plan} of {list(q.shape)} queries, shortcut {more['shortcut']}, bias {bias is not None}"
     assert torch.equal(*found), f"two runs differ: {what}"
     assert error(found[0], truth) <= LIMIT[dtype], what
+
+    upstream = draw_tensor(rng, batch, q.shape[1], heads, head_dim, dtype, DEVICE)
+    grads = []
+    for way, inputs in (("reference", exact), ("auto", (q, k, v, agents))):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = agent_attention(*inputs, plan, backend=way, bias=bias, **more)
+        grads.append(torch.autograd.grad(out, inputs, upstream.to(out.dtype)))
+    # Where a query sees one agent alone its gradient is what rounding leaves of that of its scores.
+    rest = upstream.double().norm()
+    for name, true, ours in zip(("q", "k", "v", "agents"), *grads, strict=True):
+        assert (ours.double() - true).norm() <= LIMIT[dtype] * (true.norm() + rest), f"gradient of {name}: {what}"
