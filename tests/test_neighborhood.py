@@ -110,6 +110,45 @@ def test_a_clipped_window_is_told_once(caplog):
     assert caplog.text.count("clipped to a window of 6") == 1
 
 
+class TestBaseGrid:
+    """Settings that grow and shrink with the grid, as in the code of Cosmos-Predict2."""
+
+    CONFIG = NeighborhoodConfig((None, 12, 16), (1, 4, 1), (1, 1, 5), base_grid="24x44x80")
+
+    def test_on_its_own_grid_nothing_changes(self):
+        grid = Grid(24, 44, 80)
+        plain = replace(self.CONFIG, base_grid=None)
+        assert self.CONFIG.axis_settings(grid) == plain.axis_settings(grid)
+
+    @pytest.mark.parametrize(
+        ("grid", "height", "width"),
+        [
+            (Grid(20, 22, 40), (6, 2, 1), (8, 1, 2)),
+            (Grid(24, 88, 80), (24, 8, 1), (16, 1, 5)),
+            (Grid(2, 3, 5), (2, 1, 1), (2, 1, 1)),
+            (Grid(24, 30, 52), (8, 3, 1), (10, 1, 3)),
+        ],
+        ids=str,
+    )
+    def test_on_others_it_is_scaled(self, grid, height, width, caplog):
+        frames, *sides = self.CONFIG.axis_settings(grid)
+        assert (frames.window, frames.length) == (None, grid.frames)
+        assert [(side.window, side.stride, side.dilation) for side in sides] == [height, width]
+        assert "clipped" not in caplog.text
+
+    def test_a_window_of_one_stays(self):
+        config = NeighborhoodConfig((1, None, 1), stride=(1, 2, 1), base_grid="2x4x4")
+        assert [side.window for side in config.axis_settings(Grid(8, 16, 16))] == [1, None, 1]
+
+    def test_json_and_bad_input(self):
+        assert NeighborhoodConfig.from_dict(self.CONFIG.to_dict()) == self.CONFIG
+        assert NeighborhoodConfig((3, 3), base_grid=Grid(1, 8, 9)).base_grid == "1x8x9"
+        with pytest.raises(InvalidInputError, match="frames x height x width"):
+            NeighborhoodConfig((3, 3), base_grid="8")
+        with pytest.raises(InvalidInputError, match="solved for a grid of 3x8x8"):
+            NeighborhoodConfig.for_density(0.5, Grid(3, 8, 8), base_grid="1x8x9")
+
+
 def test_pictures_and_sequences_take_fewer_axes():
     assert NeighborhoodConfig((3, 5)).axes(Grid(1, 6, 7))[0].first.tolist() == [0]
     assert NeighborhoodConfig((3,)).axes(Grid(1, 1, 7))[2].last.tolist()[0] == 2

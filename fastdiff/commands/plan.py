@@ -125,7 +125,7 @@ def _settings(options: dict[str, Any], grid: Grid) -> Any:
         from .boxes import config_of
 
         settings = config_of(method, *(options[name] for name in ("window", "stride", "dilation", "causal")))
-    _check_memory(grid, text, method, settings)
+    _check_memory(grid, text, method, settings and settings.at(options["layer"]))
     return o.settings_for(method, settings, options["density"], grid, text)
 
 

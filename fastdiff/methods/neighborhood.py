@@ -15,7 +15,7 @@ from fastdiff_kernels.order import GridOrder
 from fastdiff_kernels.walk import choose_order
 
 from .base import BLOCK_SIZES, MethodConfig, check_choice, check_density, is_whole, largest_within
-from .neighborhood_axis import AxisSetting
+from .neighborhood_axis import AxisSetting, scaled
 
 log = logging.getLogger("fastdiff")
 
@@ -48,6 +48,9 @@ class NeighborhoodConfig(MethodConfig):
             each block.
         small_grid: What to do on an axis shorter than window x dilation: `"warn"` clips the window to the axis,
             `"error"` raises. Axes of one token are exempt.
+        base_grid: The grid (frames x height x width, such as `"24x44x80"`) that window, stride and dilation are meant
+            for; on another they grow and shrink with its sides, as in the code of Cosmos-Predict2, but a dilation of
+            1 stays. None: they are tokens on every grid.
     """
 
     method: ClassVar[str] = "neighborhood"
@@ -58,6 +61,7 @@ class NeighborhoodConfig(MethodConfig):
     causal: bool | tuple[bool, ...] = False
     block_size: int = 128
     small_grid: str = "warn"
+    base_grid: str | None = None
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation", "causal"):
@@ -82,6 +86,8 @@ class NeighborhoodConfig(MethodConfig):
                 raise InvalidInputError(f"stride {stride} is larger than its window {width}; give at most the window.")
         check_choice("block_size", self.block_size, BLOCK_SIZES)
         check_choice("small_grid", self.small_grid, ("warn", "error"))
+        if self.base_grid is not None:
+            object.__setattr__(self, "base_grid", str(Grid.parse(str(self.base_grid))))
 
     @classmethod
     def sliding(cls, window: tuple[int | None, ...], **settings) -> NeighborhoodConfig:
@@ -188,6 +194,10 @@ class NeighborhoodConfig(MethodConfig):
             InvalidInputError: If the density is out of range, or below the floor of this grid, which is named.
         """
         check_density(density)
+        if settings.get("base_grid") not in (None, str(grid)):
+            raise InvalidInputError(
+                f"base_grid is {settings['base_grid']} and the window is solved for a grid of {grid}; leave it out."
+            )
         layout = TokenLayout.self_attention(grid, text_after=text_tokens)
         sides = (grid.frames, grid.height, grid.width)
         longest = max(sides)
@@ -225,6 +235,10 @@ class NeighborhoodConfig(MethodConfig):
             )
         settings = [(None, 1, 1, False)] * extra
         settings += zip(self.window, *(self._per_axis(name) for name in ("stride", "dilation", "causal")), strict=True)
+        if self.base_grid is not None:
+            base = Grid.parse(self.base_grid)
+            meant = zip(lengths, (base.frames, base.height, base.width), settings, strict=True)
+            settings = [scaled(length, side, *setting) for length, side, setting in meant]
         return tuple(
             self._fitted(*axis, *setting)
             for axis, setting in zip(zip(_AXES, lengths, strict=True), settings, strict=True)

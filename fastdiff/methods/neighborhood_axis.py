@@ -24,6 +24,21 @@ class AxisSetting:
         return neighborhood_axis(self.length, self.window, self.stride, self.dilation, self.causal)
 
 
+def scaled(
+    length: int, side: int, window: int | None, stride: int, dilation: int, causal: bool
+) -> tuple[int | None, int, int, bool]:
+    """Window, stride, dilation and causal, which are meant for an axis of `side` tokens, on one of `length`."""
+    if length == side:
+        return window, stride, dilation, causal
+    share = length / side
+    if window not in (None, 1):
+        window = min(max(2, round(window * share)), length)
+    stride = min(max(1, round(stride * share)), length if window is None else window)
+    if dilation > 1:
+        dilation = min(max(1, round(dilation * share)), length if window is None else length // window)
+    return window, stride, dilation, causal
+
+
 def neighborhood_axis(
     length: int, window: int | None, stride: int = 1, dilation: int = 1, causal: bool = False
 ) -> BoxAxis:
