@@ -1,7 +1,6 @@
 """apply, remove and summary with the real radial method on tiny Wan pipelines."""
 
 import concurrent.futures
-import copy
 import gc
 import json
 import logging
@@ -193,6 +192,7 @@ def test_backends_agree(model):
     torch.testing.assert_close(*found, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.together("gradient checkpointing, LoRA training")
 def test_lora_gradients_reach_the_adapters(model):
     peft = pytest.importorskip("peft")
     fastdiff.apply(model, NARROW)
@@ -213,41 +213,7 @@ def test_a_plan_made_in_inference_mode_serves_training(model):
     assert model.blocks[0].attn1.to_q.weight.grad.isfinite().all()
 
 
-def test_fused_projections(model):
-    fastdiff.apply(model, NARROW)
-    before = forward(model)
-    model.fuse_qkv_projections()
-    torch.testing.assert_close(forward(model), before, atol=1e-5, rtol=1e-4)
-
-
-def test_group_offloading(pipe):
-    hooks = pytest.importorskip("diffusers.hooks")
-    fastdiff.apply(pipe, NARROW, dense_steps=1)
-    before = video(pipe)
-    cpu = torch.device("cpu")
-    try:
-        hooks.apply_group_offloading(pipe.transformer, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-    except AttributeError as error:
-        pytest.skip(f"this diffusers cannot offload without an accelerator: {error}")
-    assert torch.equal(video(pipe), before)
-
-
-def test_first_block_cache_skips_layers(pipe):
-    diffusers = pytest.importorskip("diffusers")
-    fastdiff.apply(pipe, NARROW)
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.3))
-    assert video(pipe, steps=6).isfinite().all()
-
-
-def test_a_copied_pipeline_reads_its_own_scheduler(pipe):
-    fastdiff.apply(pipe, NARROW, dense_steps=1)
-    before = video(pipe)
-    twin = copy.deepcopy(pipe)
-    assert find(twin.transformer).steps.pipes() == [twin]
-    fastdiff.remove(pipe)
-    assert torch.equal(video(twin), before)
-
-
+@pytest.mark.together("several pipelines in threads")
 def test_two_models_in_two_threads():
     torch.manual_seed(0)
     models = [fastdiff.apply(tiny_wan(), config) for config in (NARROW, WIDE)]
@@ -255,17 +221,6 @@ def test_two_models_in_two_threads():
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         together = list(pool.map(lambda index: forward(models[index % 2]), range(16)))
     assert all(torch.equal(found, alone[index % 2]) for index, found in enumerate(together))
-
-
-def test_a_saved_pipeline_is_a_stock_one(pipe, tmp_path):
-    fastdiff.apply(pipe, NARROW)
-    sparse = video(pipe)
-    pipe.save_pretrained(tmp_path)
-    again = type(pipe).from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
-    assert not torch.allclose(video(again), sparse, atol=1e-3)
-    fastdiff.apply(again, NARROW)
-    torch.testing.assert_close(video(again), sparse, atol=1e-4, rtol=1e-3)
 
 
 def test_summary_before_and_after_a_run(pipe):

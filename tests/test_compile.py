@@ -27,6 +27,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.together("torch.compile and compile_repeated_blocks(fullgraph=True), no recompiles over steps")
 @pytest.mark.parametrize(
     ("way", "backend", "layers", "mixed_graphs"),
     [

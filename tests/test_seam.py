@@ -202,6 +202,7 @@ def test_a_processor_built_from_the_class_runs_dense(model):
     assert torch.equal(run(model), before)
 
 
+@pytest.mark.together("pickling and deepcopy")
 def test_deepcopy_is_a_patched_model_of_its_own(model):
     dense = run(model)
     put_on(model)
@@ -218,6 +219,7 @@ def test_deepcopy_is_a_patched_model_of_its_own(model):
     assert not twin._forward_pre_hooks
 
 
+@pytest.mark.together("pickling and deepcopy")
 def test_pickle_round_trip(model):
     put_on(model)
     sparse = run(model)
@@ -240,6 +242,7 @@ def test_needs_that_no_family_supplies_are_refused(model):
         put_on(model, FakePlanner(needs=frozenset({"pixels", "seed"})))
 
 
+@pytest.mark.together("gradient checkpointing, LoRA training")
 def test_gradients_and_checkpointing(model):
     def gradients(checkpointing):
         model.zero_grad()

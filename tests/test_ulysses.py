@@ -29,6 +29,7 @@ def found(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.together("context parallelism, Ulysses: two processes equal one")
 @pytest.mark.parametrize("name", [name for name in ulysses_worker.CASES if name not in REFUSED])
 def test_two_processes_make_what_one_makes(found, name):
     for result in found:
@@ -37,11 +38,13 @@ def test_two_processes_make_what_one_makes(found, name):
         assert result[name]["effect"] > 1e-3
 
 
+@pytest.mark.together("context parallelism, Ulysses: two processes equal one")
 @pytest.mark.parametrize("name", ["gradients", "gradients, compiled"])
 def test_gradients_run_back_through_the_exchange(found, name):
     assert all(result[name]["apart"] < 1e-5 for result in found)
 
 
+@pytest.mark.together("context parallelism, what it cannot do, ring attention too: refused")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_process_can_know_is_refused(found, name):
     for result in found:

@@ -59,6 +59,12 @@ class Binding:
     def place(self) -> None:
         self.module.processor, self.placed = self.adopted, True
 
+    def follow(self) -> None:
+        """Takes over a processor that diffusers built anew from our class, as its IP-adapter loaders do."""
+        if seam.unbound(self.module.processor):
+            self.adopted = self.module.processor
+            seam.bind(self.adopted, self.layer)
+
     def release(self) -> None:
         """Takes everything of ours off the module, and leaves a processor that the user has set since."""
         if self.stands():
@@ -239,6 +245,7 @@ class Attachment:
         """Sees which modules hold our processors: users set others, and some of diffusers' calls do so too."""
         lost = []
         for binding in self.bindings:
+            binding.follow()
             if binding.stands():
                 binding.placed = True
             elif binding.placed:

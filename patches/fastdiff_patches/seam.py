@@ -224,8 +224,18 @@ def adopt(processor: Any, layer: Layer) -> Any:
     adopted = _adopted_class(type(processor))
     copied = copy.copy(processor)
     copied.__class__ = adopted
-    copied.__dict__[_HANDLE] = layer
+    bind(copied, layer)
     return copied
+
+
+def unbound(processor: Any) -> bool:
+    """Whether a processor has our class and no layer: diffusers builds processors anew by `type(processor)()`."""
+    return hasattr(type(processor), _HANDLE) and getattr(processor, _HANDLE) is None
+
+
+def bind(processor: Any, layer: Layer) -> None:
+    """Has a processor of our class call `layer`."""
+    processor.__dict__[_HANDLE] = layer
 
 
 def give_back(adopted: Any, original: Any) -> None:
