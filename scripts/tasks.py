@@ -43,6 +43,10 @@ SEES_DIFFUSERS = (
     "seam",
     "seed",
     "steps",
+    "together",
+    "together_loaders",
+    "together_memory",
+    "ulysses",
     "video_families",
     "video_pipelines",
 )

@@ -148,17 +148,13 @@ def test_caches(name, config):
 
 @pytest.mark.together("set_attention_backend for what stays dense")
 class TestAttentionBackend:
-    @pytest.fixture(autouse=True)
-    def restored(self):
-        yield
-        # It is also the default of the whole process from then on.
-        attention_dispatch._AttentionBackendRegistry.set_active_backend(attention_dispatch.AttentionBackendName.NATIVE)
-
     @pytest.mark.parametrize("first", ["apply", "choose"])
     def test_dense_layers_take_it(self, first, monkeypatch):
         calls, registry = [], attention_dispatch._AttentionBackendRegistry
         name = attention_dispatch.AttentionBackendName._NATIVE_MATH
         real = registry._backends[name]
+        # What a model chooses is from then on the default of the whole process.
+        monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
         monkeypatch.setitem(registry._backends, name, lambda *args, **more: calls.append(1) or real(*args, **more))
         pipe = tiny_wan_pipeline(layers=3)
         if first == "choose":
