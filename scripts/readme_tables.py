@@ -20,6 +20,7 @@ from typing import Any
 
 from readme_bench import bench, models
 from readme_text import table, versions
+from readme_together import together
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -190,6 +191,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tiny-flux": ("tiny-flux-eval.json", tiny_picture),
     "tiny-sd": ("tiny-sd-eval.json", tiny_picture),
     "fidelity": ("fidelity.json", fidelity),
+    "together": ("together.json", together),
 }
 
 
