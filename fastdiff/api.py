@@ -182,13 +182,25 @@ def attach(model: nn.Module, settings: Settings, planner: Planner, pipe: Any | N
     from fastdiff_patches.families import family_of
     from fastdiff_patches.steps import StepReader
 
+    from .advice import tell_gain, tell_training
+
     family = family_of(model, settings.layout, settings.modules)
     before = find(model)
     known = before.steps.pipes() if before is not None and pipe is not None else []
     steps = StepReader([*known, *([pipe] if pipe is not None else [])])
-    return Attachment(
-        model, planner, settings.schedule, steps, backend=settings.backend, settings=settings, family=family
+    attached = Attachment(
+        model,
+        planner,
+        settings.schedule,
+        steps,
+        backend=settings.backend,
+        settings=settings,
+        family=family,
+        tell=tell_gain,
     )
+    if before is None or before.settings.config != settings.config:
+        tell_training(model, family, settings.config)
+    return attached
 
 
 def settings_from(

@@ -21,6 +21,7 @@ OLDEST_PYTHON = (3, 10)
 EXTRAS = {"demo": "demo", "test": "dev", "test-oldest": "dev", "lint": "dev"}
 # The tests that see diffusers or the command line; the others do not change with those versions.
 SEES_DIFFUSERS = (
+    "advice",
     "agent_pictures",
     "api",
     "bench",

@@ -161,7 +161,7 @@ class TestImagePrompts:
             # The loader builds the processors of self-attention anew: they are found and stay sparse.
             unet._load_ip_adapter_weights([adapter], low_cpu_mem_usage=False)
             assert torch.equal(self.look(unet), sparse)
-        assert not [record for record in caplog.records if record.name == "fastdiff"]
+        assert "were replaced by others" not in caplog.text
         for model in (unet, other):
             fastdiff.remove(model)
             assert torch.equal(self.look(model), dense)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ class Attachment:
 
     Attributes:
         settings: What the floor above wants back from `find(model)`; not looked at here.
+        tell: (model, attachment, layout) -> called once, in the first forward that is sparse, before its layers run.
         total: Number of self-attention modules of the model.
         seen: The last layouts of the model that ran, newest last, each with the places of its layers by name.
         steps_seen: Number of steps of the last denoising run, or None.
@@ -102,7 +103,9 @@ class Attachment:
         backend: str = "auto",
         settings: Any = None,
         family: Family | None = None,
+        tell: Callable[[nn.Module, Attachment, TokenLayout], None] | None = None,
     ):
+        self.tell = tell
         self.family = family_of(model) if family is None else family
         self.planner, self.schedule, self.steps, self.settings = planner, schedule, steps, settings
         missing = planner.needs - self.family.supplies
@@ -191,6 +194,9 @@ class Attachment:
                 dense = place.coarse is not None or self.schedule.is_dense(step, steps, layer.index, self.total)
                 plan = None if dense else self.plan(layer, place.layout, step, steps, latents.device)
                 layer.prepare(plan, self.seed, parts_of(place.layout))
+        if self.tell is not None and any(layer.active for layer in self.layers):
+            tell, self.tell = self.tell, None
+            tell(model, self, layout)
 
     def places(self, config: Any, layout: TokenLayout) -> dict[str, Place]:
         """Where each layer stands in a forward of the model's layout, by name.

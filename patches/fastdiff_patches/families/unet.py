@@ -49,6 +49,7 @@ _UNET = Family(
     re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+\.attn1"),
     _picture,
     at=_unet_level,
+    levels=True,
     latents="sample",
     supplies=frozenset(NEEDS),
 )
