@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RulesConfig,
         load_config,
     )
+    from .published import Preset, presets
     from .schedule import DenseSchedule
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ __all__ = [
     "NeighborhoodConfig",
     "ParoAttnProcessor",
     "ParoConfig",
+    "Preset",
     "RadialAttnProcessor",
     "RadialConfig",
     "Rule",
@@ -63,6 +65,7 @@ __all__ = [
     "high_resolution",
     "load_clear_weights",
     "load_config",
+    "presets",
     "processors",
     "remove",
     "summary",
@@ -81,6 +84,7 @@ _HOMES = {
     "NeighborhoodConfig": "fastdiff.methods",
     "ParoAttnProcessor": "fastdiff.attn_processors",
     "ParoConfig": "fastdiff.methods",
+    "Preset": "fastdiff.published",
     "RadialAttnProcessor": "fastdiff.attn_processors",
     "RadialConfig": "fastdiff.methods",
     "Rule": "fastdiff.methods",
@@ -92,6 +96,7 @@ _HOMES = {
     "high_resolution": "fastdiff.highres",
     "load_clear_weights": "fastdiff.clear_weights",
     "load_config": "fastdiff.methods",
+    "presets": "fastdiff.published",
     "processors": "fastdiff.attn_processors",
     "remove": "fastdiff.api",
     "summary": "fastdiff.api",

@@ -37,14 +37,15 @@ class Settings:
     backend: str
     layout: Callable[[Mapping[str, Any]], TokenLayout] | None = None
     modules: str | None = None
+    preset: str | None = None
 
 
 def apply(
     pipe_or_model: T,
     config: MethodConfig | dict[str, Any] | str | Path,
     *,
-    dense_steps: int | float | list[int] = 0,
-    dense_layers: int | float | list[int] = 0,
+    dense_steps: int | float | list[int] | None = None,
+    dense_layers: int | float | list[int] | None = None,
     schedule: DenseSchedule | None = None,
     backend: str = "auto",
     layout: Callable[[Mapping[str, Any]], TokenLayout] | None = None,
@@ -59,9 +60,12 @@ def apply(
         pipe_or_model: A diffusers pipeline (its `transformer` and, if it has one, its `transformer_2`, or its
             `unet`), or such a model alone.
         config: The method and its settings, for example `RadialConfig(decay_factor=0.2)`
-            (Radial Attention, arXiv 2506.19852), or the same as a dict, as JSON text or as the path of a JSON file.
+            (Radial Attention, arXiv 2506.19852), or the same as a dict, as JSON text or as the path of a JSON file. A
+            method's name, such as `"radial"`, takes the settings that were published for this family, dense steps and
+            layers too, and logs which; `fastdiff.presets()` lists them, and their names are taken as well.
         dense_steps: Denoising steps that stay dense: the first n, a first share of all (`0.25`), or a list of indices,
             negative ones from the end. More is slower and safer. Needs a pipeline, whose scheduler tells the step.
+            By default none, or those of the preset.
         dense_layers: The same for self-attention layers.
         schedule: Both at once, and what else a `DenseSchedule` can say: the last steps, every n-th step.
         backend: "auto" (Triton on a GPU, torch elsewhere), "triton", "torch", "reference" (slow, for tests), or of
@@ -79,7 +83,8 @@ def apply(
 
     Raises:
         InvalidInputError: If a setting is out of range, if `dense_steps` or a config that changes with the step is
-            given without a pipeline, or if another live pipeline shares the model and uses other settings.
+            given without a pipeline, if nothing is published under a name for this family, or if another live pipeline
+            shares the model and uses other settings.
         UnsupportedError: If neither a family nor `layout` describes the model, or it cannot supply what the method
             needs.
     """
@@ -87,7 +92,7 @@ def apply(
 
     from .methods import planner_for
 
-    settings = settings_from(config, dense_steps, dense_layers, backend, schedule)
+    settings = settings_from(config, dense_steps, dense_layers, backend, schedule, pipe_or_model)
     settings = replace(settings, layout=layout, modules=modules)
     pipe = pipeline_of(pipe_or_model, settings)
     models = locate.transformers(pipe_or_model)
@@ -204,26 +209,37 @@ def attach(model: nn.Module, settings: Settings, planner: Planner, pipe: Any | N
 
 
 def settings_from(
-    config: Any, dense_steps: Any, dense_layers: Any, backend: str, schedule: DenseSchedule | None = None
+    config: Any,
+    dense_steps: Any,
+    dense_layers: Any,
+    backend: str,
+    schedule: DenseSchedule | None = None,
+    pipe_or_model: Any = None,
 ) -> Settings:
-    """Checks what a user gave.
+    """Checks what a user gave; None stands for what was left out. The name of a preset needs a pipeline or a model.
 
     Raises:
         InvalidInputError: If one of them is out of range, or what stays dense is said twice.
     """
     from fastdiff_kernels.attention import BACKENDS
 
+    from . import published
     from .methods import load_config
 
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
-    told = DenseSchedule(dense_steps, dense_layers)
-    if schedule is not None and (not isinstance(schedule, DenseSchedule) or told != DenseSchedule()):
+    told = {"first_steps": dense_steps, "layers": dense_layers}
+    told = {name: value for name, value in told.items() if value is not None}
+    if schedule is not None and (not isinstance(schedule, DenseSchedule) or DenseSchedule(**told) != DenseSchedule()):
         raise InvalidInputError(
             f"schedule is {schedule!r} beside dense_steps={dense_steps!r} and dense_layers={dense_layers!r}; give a "
             "DenseSchedule alone, or those two."
         )
-    return Settings(load_config(config), told if schedule is None else schedule, backend)
+    if pipe_or_model is None or not published.is_name(config):
+        return Settings(load_config(config), DenseSchedule(**told) if schedule is None else schedule, backend)
+    preset = published.choose(pipe_or_model, config)
+    dense = replace(preset.schedule, **told) if schedule is None else schedule
+    return Settings(preset.config, dense, backend, preset=preset.name)
 
 
 def _shared(pipe: Any | None, model: nn.Module, settings: Settings) -> bool:

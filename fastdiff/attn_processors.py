@@ -32,8 +32,8 @@ def processors(
     pipe_or_model: Any,
     config: MethodConfig | dict[str, Any] | str | Path,
     *,
-    dense_steps: int | float | list[int] = 0,
-    dense_layers: int | float | list[int] = 0,
+    dense_steps: int | float | list[int] | None = None,
+    dense_layers: int | float | list[int] | None = None,
     schedule: DenseSchedule | None = None,
     backend: str = "auto",
     component: str | None = None,
@@ -62,7 +62,7 @@ def processors(
             without a pipeline, or the component is not clear.
         UnsupportedError: If the model has no `set_attn_processor` or its family is not described.
     """
-    settings = settings_from(config, dense_steps, dense_layers, backend, schedule)
+    settings = settings_from(config, dense_steps, dense_layers, backend, schedule, pipe_or_model)
     pipe = pipeline_of(pipe_or_model, settings)
     model = _component(pipe_or_model, component)
     if not hasattr(model, "attn_processors"):
@@ -119,7 +119,7 @@ class MethodAttnProcessor(Marker):
                 f"{config.to_json()} changes with the denoising step; a processor object knows no scheduler to tell "
                 f"it. {_DOORS}"
             )
-        self.settings = settings_from(config, 0, dense_layers, backend)
+        self.settings = settings_from(config, None, dense_layers, backend)
         super().__init__()
 
     def attach(self, model: nn.Module) -> None:

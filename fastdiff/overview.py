@@ -54,6 +54,7 @@ class ModelSummary:
             ones.
         steps: Number of denoising steps that the mean is for, None if not known.
         layers: All self-attention layers.
+        preset: The preset that the settings come from, None where they were given.
         marked: Whether a single processor object waits for the first forward.
         mean_density: Mean over layers and, where their number is known, steps; dense counts as 1. Layers of unequal
             grids count by their pairs of tokens. An expert of Wan 2.2 is counted as if it ran all steps.
@@ -72,6 +73,7 @@ class ModelSummary:
     layers: tuple[LayerSummary, ...] = ()
     mean_density: float | None = None
     marked: bool = False
+    preset: str | None = None
 
     def __str__(self) -> str:
         if self.marked:
@@ -80,6 +82,7 @@ class ModelSummary:
             return f"{self.component} ({self.model}): not patched, attention is dense"
         lines = [
             f"{self.component} ({self.model}, family {self.family})",
+            *([f"  preset    {self.preset}, see fastdiff.presets()"] if self.preset else []),
             f"  config    {json.dumps(self.config)}",
             f"  schedule  {json.dumps(self.schedule)}",
             f"  backend   {self.backend}, here {self.runs_on}",
@@ -162,6 +165,7 @@ def _one(
         steps=steps,
         layers=layers,
         mean_density=mean,
+        preset=settings.preset,
     )
 
 
