@@ -17,6 +17,7 @@ from fastdiff.commands.doctor import doctor
 from fastdiff.commands.failures import exit_code
 from fastdiff.commands.generate import generate
 from fastdiff.commands.plan import plan
+from fastdiff.commands.presets import presets
 
 app = typer.Typer(
     name="fastdiff",
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (generate, compare, plan, calibrate, doctor):
+for command in (generate, compare, plan, presets, calibrate, doctor):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

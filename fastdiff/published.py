@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from dataclasses import dataclass, fields
 from functools import cache
@@ -119,7 +120,11 @@ def named(name: str) -> Preset:
     """
     found = next((preset for preset in presets() if preset.name == name), None)
     if found is None:
-        raise InvalidInputError(f"there is no preset {name!r}; there are {', '.join(each.name for each in presets())}.")
+        near = difflib.get_close_matches(name, [preset.name for preset in presets()], cutoff=0)
+        raise InvalidInputError(
+            f"there is no preset {name!r}; there are {len(presets())}, such as {', '.join(near)}. fastdiff presets, or "
+            "fastdiff.presets(), lists them."
+        )
     return found
 
 

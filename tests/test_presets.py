@@ -7,12 +7,12 @@ import pytest
 import tiny_video_models
 import tiny_video_text_models
 import torch
-from tiny_models import forward, tiny_wan, tiny_wan_pipeline, video
+from tiny_models import PROMPT, forward, tiny_wan, tiny_wan_pipeline, video
 from tiny_packed_models import tiny_flux2
 from tiny_picture_models import flux_inputs, picture, tiny_flux, tiny_flux_pipeline, tiny_sd_pipeline, tiny_unet
 
 import fastdiff
-from fastdiff import DenseSchedule, Rule
+from fastdiff import DenseSchedule, Rule, cli
 from fastdiff.methods.neighborhood_presets import neighborhood_presets
 from fastdiff.published import named
 from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError
@@ -228,8 +228,8 @@ class TestRefusals:
             fastdiff.apply(torch.nn.Linear(2, 2), "radial")
 
     def test_a_preset_that_is_not_there(self):
-        with pytest.raises(InvalidInputError, match="no preset 'x'; there are radial-wan-2.2"):
-            named("x")
+        with pytest.raises(InvalidInputError, match="no preset 'radial-wan'; there are .*, such as .*radial-wan-2.1"):
+            named("radial-wan")
 
     def test_files_and_json_are_still_read(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -243,3 +243,49 @@ class TestRefusals:
         assert forward(model).isfinite().all()
         with pytest.raises(InvalidInputError, match="cannot be read"):
             fastdiff.apply(model, "missing.json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "wan"
+    tiny_wan_pipeline().save_pretrained(path)
+    return path
+
+
+class TestCommands:
+    def words(self, folder, *more):
+        size = ["--height", "80", "--width", "96", "--num-frames", "33", "--steps", "4", "--prompt", PROMPT]
+        return ["generate", "--model", str(folder), *size, "--preset", "radial-wan-2.1", *more]
+
+    def test_list(self, capsys):
+        assert cli.main(["presets"]) == 0
+        out = capsys.readouterr().out
+        assert all(f"  {name}\n" in out for name in NAMES)
+        assert "Family hunyuan-video\n" in out
+        assert cli.main(["presets", "--json"]) == 0
+        expected = json.dumps([preset.to_dict() for preset in fastdiff.presets()])
+        assert json.loads(capsys.readouterr().out) == json.loads(expected)
+
+    @pytest.mark.parametrize(
+        ("more", "steps", "layers"),
+        [((), 1, 1), (("--dense-steps", "2"), 2, 1), (("--dense-layers", "0"), 1, 0)],
+        ids=["as published", "steps", "layers"],
+    )
+    def test_generate(self, folder, tmp_path, more, steps, layers):
+        assert cli.main(self.words(folder, *more, "--output", str(tmp_path / "x.mp4"))) == 0
+        found = json.loads((tmp_path / "x.json").read_text())
+        assert (found["method"], found["config"]) == ("radial", named("radial-wan-2.1").config.to_dict())
+        assert (found["dense_steps"], found["dense_layers"]) == (steps, layers)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--preset", "radial"), "no preset 'radial'"),
+            (("--preset", "agent-sd"), "'agent-sd' are for unet; for family 'wan' there are radial-wan-2.2"),
+            (("--method", "radial"), "--preset and --method exclude each other"),
+            (("--density", "0.5"), "--preset and --density exclude each other"),
+        ],
+        ids=str,
+    )
+    def test_refusals(self, fails, folder, tmp_path, words, message):
+        assert message in fails(*self.words(folder, *words, "--output", tmp_path / "x.mp4"))

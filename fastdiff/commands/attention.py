@@ -78,6 +78,10 @@ def config_for(pipe: Any, request: Request, job: Job, calibration: Path) -> Any:
     """
     if request.method == "dense":
         return None
+    if request.preset is not None:
+        from fastdiff.published import choose
+
+        return choose(pipe, request.preset).config
     if request.method == "paro" and request.config is None:
         prompts = _WORLD if request.model in EMBEDDED else _ANYTHING
         prompt = next(prompt for prompt in prompts if prompt != job.prompt)

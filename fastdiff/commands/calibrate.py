@@ -75,7 +75,7 @@ def calibrate(
     if output.suffix != ".safetensors":
         raise InvalidInputError(f"--output is {output}; it must end in .safetensors.")
     texts = _own_prompt(model) if prompts is None else _read_prompts(prompts)
-    options = {"method": "dense", "config": None, "density": None, "dense_steps": None, "dense_layers": "0"}
+    options = {"method": "dense", "config": None, "density": None, "dense_steps": None, "dense_layers": None}
     request = o.Request.parse({**locals(), **options, "prompt": texts[0]})
     with results_only_on_stdout():
         result = _run(request, texts, settings, output)

@@ -27,6 +27,7 @@ def generate(
     method: o.Method = None,
     config: o.Config = None,
     density: o.Density = None,
+    preset: o.Preset = None,
     prompt: o.Prompt = None,
     height: o.Height = None,
     width: o.Width = None,
@@ -35,7 +36,7 @@ def generate(
     guidance_scale: o.GuidanceScale = None,
     seed: o.Seed = None,
     dense_steps: o.DenseSteps = None,
-    dense_layers: o.DenseLayers = "0",
+    dense_layers: o.DenseLayers = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     output: Output = None,
@@ -52,8 +53,7 @@ def generate(
       fastdiff generate --method dense --output outputs/dense.mp4
       fastdiff generate --model tiny-flux --method clear --density 0.3 --prompt "a red ring over a striped ground"
       fastdiff generate --config '{"decay_factor": 0.2, "block_size": 32}' --dense-steps 2
-      fastdiff generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --density 0.3 --dense-steps 12 --dense-layers 1 \\
-          --prompt "a cat on a surfboard"
+      fastdiff generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --preset radial-wan-2.1 --prompt "a cat on a surfboard"
     """
     from fastdiff_kernels.errors import InvalidInputError
 

@@ -29,6 +29,10 @@ Config = Annotated[str | None, typer.Option(help="The method's settings: a JSON 
 Density = Annotated[
     float | None, typer.Option(help="Instead of --config: solve the settings for this share of computed scores.")
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Instead of --method, --config and --density: published settings by name, see fastdiff presets."),
+]
 Prompt = Annotated[str | None, typer.Option(help="What to show.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
@@ -40,11 +44,13 @@ DenseSteps = Annotated[
     str | None,
     typer.Option(
         help="Steps that stay dense: the first N, a share such as 0.25, or indices such as 0,1,-1. More is slower and "
-        "safer. "
-        "By default a share of them for embedded models, none for others and for agent, which has steps of its own."
+        "safer. By default those of the preset, else a share of them for embedded models, none for others and for "
+        "agent and rules, which have steps of their own."
     ),
 ]
-DenseLayers = Annotated[str, typer.Option(help="Layers that stay dense, likewise.")]
+DenseLayers = Annotated[
+    str | None, typer.Option(help="Layers that stay dense, likewise. By default none, or those of the preset.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps. auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on cuda, else float32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
@@ -57,6 +63,7 @@ class Request:
     Attributes:
         method: "dense" or a sparse method, never left open.
         config: The method's config, read from what was given.
+        preset: The name of the preset that method, config and dense steps and layers come from.
     """
 
     model: str
@@ -74,6 +81,7 @@ class Request:
     dense_layers: int | float | list[int]
     device: str
     dtype: str
+    preset: str | None = None
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> Request:
@@ -82,9 +90,13 @@ class Request:
         Raises:
             InvalidInputError: If a value is out of range, or two options contradict each other.
         """
-        values = {name: options[name] for name in cls.__dataclass_fields__}
+        values = {name: options.get(name) for name in cls.__dataclass_fields__}
         for name in ("dense_steps", "dense_layers"):
             values[name] = _schedule(name, values[name])
+        if values["preset"] is not None:
+            values |= _of_preset(values)
+        if values["dense_layers"] is None:
+            values["dense_layers"] = 0
         if values["method"] is None:
             values["method"] = _method_of(values["config"], defaults_for(values["model"]).method)
         request = cls(**values)
@@ -177,6 +189,22 @@ def settings_for(method: str, config: Any, density: float | None, grid: Grid, te
     if density is None:
         return load_config({}, method)
     return METHODS[method].for_density(density, grid, text_tokens=text)
+
+
+def _of_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """What a preset says, but for what else was given.
+
+    Raises:
+        InvalidInputError: If there is none of this name, or it goes with another option.
+    """
+    from fastdiff.published import named
+
+    others = [f"--{name}" for name in ("method", "config", "density") if values[name] is not None]
+    if others:
+        raise _invalid(f"--preset and {', '.join(others)} exclude each other; give one of them.")
+    preset = named(values["preset"])
+    told = {"dense_steps": preset.schedule.first_steps, "dense_layers": preset.schedule.layers}
+    return {"config": preset.config} | {name: value for name, value in told.items() if values[name] is None}
 
 
 def _method_of(config: str | None, default: str) -> str:
