@@ -16,7 +16,6 @@ from fastdiff_patches.ulysses import Ulysses, parts_of
 
 REFUSED = {
     "three heads": "InvalidInputError: 3 attention heads do not divide among 2",
-    "a plan for each head": "UnsupportedError: .*has a plan for each head",
     "needs": "UnsupportedError: .*needs pre_rope_query",
     "ring": "UnsupportedError: .*ring_degree=2; sparse attention needs the whole sequence",
 }

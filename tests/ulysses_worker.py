@@ -11,11 +11,14 @@ import diffusers
 import torch
 import torch.distributed as dist
 from fake_planner import FakePlanner, put_on
+from paro_plans import random_masks
 from tiny_models import model_inputs, tiny_wan
 from tiny_packed_models import qwen_inputs, tiny_qwen
 from tiny_picture_models import flux_inputs, tiny_flux
 
 import fastdiff
+from fastdiff.methods.paro import paro_plan
+from fastdiff.methods.planner import Planner
 
 RADIAL = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=32)
 NEAR = fastdiff.NeighborhoodConfig((3, 3), block_size=32)
@@ -34,7 +37,7 @@ CASES = {
     # gloo gathers only what all processes have equally much of, so the picture's tokens stay even.
     "flux, odd text": (tiny_flux, flux_inputs(**FLUX | {"text": 3}), NEAR, {"ulysses_anything": True}),
     "three heads": (lambda: tiny_flux(heads=3), flux_inputs(**FLUX), NEAR, {}),
-    "a plan for each head": (tiny_flux, flux_inputs(**FLUX), "each head", {}),
+    "a plan for each head": (lambda: tiny_flux(heads=4), flux_inputs(height=12, width=16, text=4), "each head", {}),
     "needs": (tiny_flux, flux_inputs(**FLUX), "needs", {}),
     "ring": (tiny_wan, model_inputs(frames=4, height=12, width=20), RADIAL, {"ring_degree": 2}),
 }
@@ -45,11 +48,12 @@ _OPTIONS = {field.name for field in dataclasses.fields(diffusers.ContextParallel
 CASES = {name: case for name, case in CASES.items() if case[-1].keys() <= _OPTIONS}
 
 
-class EachHead(FakePlanner):
-    def plan(self, *args, heads, **more):
-        plan = super().plan(*args, heads=heads, **more)
-        plan.heads = heads
-        return plan
+class EachHead(Planner):
+    """Other orders of tokens and other blocks for each head, as PARO's file says them."""
+
+    def plan(self, layout, *, heads, **more):
+        masks = random_masks(layout.grid, heads)
+        return self._cache.get(("each head", layout), lambda: paro_plan(layout, [0, 3, 5, 1], masks))
 
 
 def run(model, inputs):
@@ -59,7 +63,7 @@ def run(model, inputs):
 
 def put(model, method):
     if method == "each head":
-        put_on(model, EachHead())
+        put_on(model, EachHead(RADIAL))
     elif method == "needs":
         put_on(model, FakePlanner(needs=frozenset({"pre_rope_query"})))
     else:

@@ -9,6 +9,7 @@ from .layout import Grid, Span, TokenLayout
 from .order import Side, centred, natural_order, raster_order, snake_order
 from .plan import EMPTY, FULL, PARTIAL, BlockList, BlockPlan, visibility_bits
 from .rule import Rule, RuleKind
+from .some_heads import of_heads
 
 __all__ = [
     "EMPTY",
@@ -35,6 +36,7 @@ __all__ = [
     "centred",
     "choose_backend",
     "natural_order",
+    "of_heads",
     "pool_cells",
     "raster_order",
     "simulate",

@@ -20,7 +20,7 @@ from .locate import self_attention, unwrap
 from .planner import Plan, Planner, Schedule
 from .processor import Layer
 from .steps import StepReader
-from .ulysses import parts_of
+from .ulysses import parts_of, share_of
 
 _logger = logging.getLogger("fastdiff")
 _SEEN_LIMIT = 8
@@ -193,6 +193,9 @@ class Attachment:
                 layer, place = binding.layer, places[binding.name]
                 dense = place.coarse is not None or self.schedule.is_dense(step, steps, layer.index, self.total)
                 plan = None if dense else self.plan(layer, place.layout, step, steps, latents.device)
+                parallel = seam.context_parallel(binding.adopted)
+                if parallel is not None:
+                    plan = share_of(plan, parallel, layer.heads)
                 layer.prepare(plan, self.seed, parts_of(place.layout))
         if self.tell is not None and any(layer.active for layer in self.layers):
             tell, self.tell = self.tell, None

@@ -201,12 +201,11 @@ class Layer:
 
     def _check_shares(self, shares: Ulysses, query: torch.Tensor) -> None:
         shares.check_heads(query.shape[2])
-        each_head = getattr(self.plan, "heads", None) is not None
-        if self.needs or each_head or (self.family is not None and self.family.text_varies):
-            what = "has a plan for each head" if each_head else f"needs {', '.join(sorted(self.needs)) or 'all text'}"
+        if self.needs or (self.family is not None and self.family.text_varies):
             raise UnsupportedError(
-                f"context parallelism is on, and {self.name} {what}, of which a process knows only its share; choose a "
-                "method that does without, or call fastdiff.remove."
+                f"context parallelism is on, and {self.name} needs {', '.join(sorted(self.needs)) or 'the text'}, of "
+                "which a process knows only its share; choose a method or a model that does without, or call "
+                "fastdiff.remove."
             )
         if query.shape[1] != shares.own:
             raise UnsupportedError(

@@ -228,6 +228,12 @@ def adopt(processor: Any, layer: Layer) -> Any:
     return copied
 
 
+def context_parallel(processor: Any) -> Any | None:
+    """diffusers' `ContextParallelConfig` where `enable_parallelism` has set one on a processor."""
+    parallel = getattr(processor, "_parallel_config", None)
+    return None if parallel is None else parallel.context_parallel_config
+
+
 def unbound(processor: Any) -> bool:
     """Whether a processor has our class and no layer: diffusers builds processors anew by `type(processor)()`."""
     return hasattr(type(processor), _HANDLE) and getattr(processor, _HANDLE) is None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
+from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout, UnsupportedError, of_heads
 
 
 def parts_of(layout: TokenLayout) -> tuple[int, ...]:
@@ -26,6 +26,16 @@ def parts_of(layout: TokenLayout) -> tuple[int, ...]:
             parts.append(span.tokens)
         last = is_text
     return tuple(parts)
+
+
+def share_of(plan: Any, config: Any, heads: int) -> Any:
+    """The plan of this process's heads; what cannot be shared is left to the attention call, which refuses it."""
+    own, rest = divmod(heads, config.ulysses_degree)
+    if not isinstance(plan, BlockPlan) or rest or config.ring_degree > 1:
+        return plan
+    # As where plans are made: it may serve a training step later.
+    with torch.inference_mode(False):
+        return of_heads(plan, own * torch.distributed.get_rank(config._ulysses_mesh.get_group()), own)
 
 
 class Ulysses(NamedTuple):
