@@ -20,6 +20,12 @@ CONFIGS = {
     "clear": fastdiff.ClearConfig(3, block_size=32),
     "clear, pooled": fastdiff.ClearConfig(3, pool_factor=2, proportional=True, block_size=32),
     "agent": fastdiff.AgentConfig(8, steps=(0, 1)),
+    "rules": fastdiff.RulesConfig(
+        [
+            fastdiff.Rule(fastdiff.ClearConfig(3, pool_factor=2, block_size=32), layers="0"),
+            fastdiff.Rule(fastdiff.NeighborhoodConfig((3, 3, 3), block_size=32)),
+        ]
+    ),
 }
 
 
