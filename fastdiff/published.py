@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdiff_kernels import InvalidInputError
 
-from .methods import (
-    METHODS,
-    MethodConfig,
-    RulesConfig,
-)
-from .schedule import DenseSchedule
+from .methods import METHODS, MethodConfig, RulesConfig
 
 if TYPE_CHECKING:
     from torch import nn
