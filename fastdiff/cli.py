@@ -16,6 +16,7 @@ from fastdiff.commands.compare import compare
 from fastdiff.commands.doctor import doctor
 from fastdiff.commands.failures import exit_code
 from fastdiff.commands.generate import generate
+from fastdiff.commands.models import models
 from fastdiff.commands.plan import plan
 from fastdiff.commands.presets import presets
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (generate, compare, plan, presets, calibrate, doctor):
+for command in (generate, compare, plan, presets, calibrate, models, doctor):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -26,6 +26,7 @@ SEES_DIFFUSERS = (
     "api",
     "bench",
     "calibrate",
+    "catalogue",
     "clear_flux",
     "cli",
     "cli_pictures",

@@ -49,6 +49,16 @@ def fails(capsys):
 
 
 @pytest.fixture
+def shows(record_property):
+    """Says of which model a test shows something and what; scripts/tested_models.py gathers it."""
+
+    def say(model, what, weights="random"):
+        record_property("shows", [type(model).__name__, what, weights])
+
+    return say
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Fills what fastdiff_kernels allocates uninitialised, so that an element a kernel forgot to write shows.
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import paro_plans
 import pytest
 import torch
 from fake_planner import Watching, put_on, rotated
@@ -13,6 +14,9 @@ from tiny_models import tiny_wan
 from tiny_picture_models import flux_inputs, tiny_flux
 
 import fastdiff
+from fastdiff import catalogue
+from fastdiff.methods.fingerprint import Fingerprint
+from fastdiff.methods.paro_file import Calibration
 from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError
 from fastdiff_patches import families, locate
 from fastdiff_patches.attachment import find
@@ -21,6 +25,13 @@ torch.set_num_threads(1)
 
 ALL_CASES = {**VIDEO_CASES, **IMAGE_CASES}
 CASES = present(ALL_CASES)
+# The sparsest that a dozen tokens a frame allow.
+SMALL = {
+    "radial": fastdiff.RadialConfig(decay_factor=0, near_width=0, sink=False, block_size=32),
+    "neighborhood": fastdiff.NeighborhoodConfig((None, 2, 2), block_size=32),
+    "clear": fastdiff.ClearConfig(1.5, block_size=32),
+    "agent": fastdiff.AgentConfig(4, steps=(0, 1)),
+}
 PAIRS = [(name, grid) for name, case in CASES.items() for grid in case.grids]
 
 
@@ -29,7 +40,7 @@ def test_every_row_has_a_model_here():
 
 
 @pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
-def test_the_layout_by_perturbation(name, grid):
+def test_the_layout_by_perturbation(name, grid, shows):
     """One place is moved in the inputs: the token that the layout names must change in every attention call.
 
     In transformers it alone changes. In a UNet the pixels change that a token of a coarser level stands for. Modules
@@ -38,6 +49,7 @@ def test_the_layout_by_perturbation(name, grid):
     torch.manual_seed(0)
     case = CASES[name]
     model = without_neighbours(case.build())
+    shows(model, "layout")
     family, inputs = families.family_of(model), case.arguments(*grid)
     whole = family.layout(model.config, inputs)
     assert whole.grid == Grid(*grid)
@@ -114,10 +126,11 @@ def test_what_a_family_supplies(name):
 
 
 @pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
-def test_full_density_equals_the_untouched_model_and_remove_is_exact(name, grid):
+def test_full_density_equals_the_untouched_model_and_remove_is_exact(name, grid, shows):
     torch.manual_seed(0)
     case = CASES[name]
     model, inputs = case.build(), case.arguments(*grid)
+    shows(model, "density 1 and remove")
     dense = run(model, inputs)
     fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
     torch.testing.assert_close(run(model, inputs), dense, atol=5e-6, rtol=1e-4)
@@ -127,6 +140,54 @@ def test_full_density_equals_the_untouched_model_and_remove_is_exact(name, grid)
         assert not torch.allclose(run(model, inputs), dense, atol=1e-4)
     fastdiff.remove(model)
     assert torch.equal(run(model, inputs), dense)
+
+
+@pytest.mark.parametrize("method", ["radial", "neighborhood", "clear", "paro", "agent"])
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
+def test_a_method_runs_or_is_refused_as_the_catalogue_says(name, method, tmp_path, shows):
+    torch.manual_seed(0)
+    case = CASES[name]
+    model, inputs = case.build(), case.arguments(*case.grids[0])
+    use = catalogue.use_of(method, families.family_of(model))["use"]
+    dense = run(model, inputs)
+    config = SMALL[method] if method != "paro" else paro_for(model, inputs, tmp_path / "calibration.safetensors")
+    if use == "no" and method != "radial":
+        with pytest.raises(UnsupportedError, match="the method needs"):
+            fastdiff.apply(model, config)
+        return
+    shows(model, f"method {method}")
+    fastdiff.apply(model, config)
+    sparse = run(model, inputs)
+    assert sparse.isfinite().all()
+    # So few tokens are one block of a calibration, or two; and radial keeps every token of a picture.
+    if method != "paro":
+        assert torch.allclose(sparse, dense, atol=1e-4) == (use == "no")
+    fastdiff.remove(model)
+    assert torch.equal(run(model, inputs), dense)
+
+
+def paro_for(model, inputs, path):
+    """A calibration of a model that has seen one forward."""
+    fastdiff.apply(model, SMALL["neighborhood"])
+    run(model, inputs)
+    (places,) = find(model).seen.values()
+    layers = [
+        paro_plans.calibration(places[layer.name].layout.grid, heads=layer.heads, names=[layer.name]).layers[0]
+        for layer in find(model).layers
+    ]
+    fastdiff.remove(model)
+    Calibration(1, tuple(layers), Fingerprint.of(model), {"density": 1.0}).save(path)
+    return fastdiff.ParoConfig(str(path))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_which_families_span_the_frames(name):
+    case = CASES[name]
+    model = case.build()
+    family = families.family_of(model)
+    whole = family.layout(model.config, case.arguments(*max(case.grids)))
+    layouts = [family.at(model.config, whole, module) for module in locate.self_attention(model, family)]
+    assert family.frames == (name in VIDEO_CASES and max(layout.grid.frames for layout in layouts) > 1)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "," not in name])

@@ -198,9 +198,10 @@ def build(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PIPES if hasattr(diffusers, name.split(",")[0])])
-def test_a_pipeline_dense_sparse_and_dense_again(name):
+def test_a_pipeline_dense_sparse_and_dense_again(name, shows):
     pipe, draw = build(name)
     assert sizes.grid_of(pipe, 1, *PIPES[name].pixels) == Grid(1, 5, 7), "as forecast before a run"
+    shows(getattr(pipe, PIPES[name].component), f"pipeline {type(pipe).__name__}")
     dense = draw()
     fastdiff.apply(pipe, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
     torch.testing.assert_close(draw(), dense, atol=1e-4, rtol=1e-3)

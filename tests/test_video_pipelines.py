@@ -218,12 +218,13 @@ def build(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PIPES if hasattr(diffusers, name)])
-def test_a_pipeline_dense_sparse_and_dense_again(name):
+def test_a_pipeline_dense_sparse_and_dense_again(name, shows):
     pipe, draw = build(name)
     case = PIPES[name]
     if sizes.makes_video(pipe):
         asked = (case.call()[name] for name in ("num_frames", "height", "width"))
         assert sizes.grid_of(pipe, *asked) == Grid(*case.grid), "as forecast before a run"
+    shows(getattr(pipe, case.component), f"pipeline {type(pipe).__name__}")
     dense = draw()
     fastdiff.apply(pipe, WHOLE)
     torch.testing.assert_close(draw(), dense, atol=1e-4, rtol=1e-3)

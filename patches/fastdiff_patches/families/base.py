@@ -65,6 +65,7 @@ class Family:
         text_varies: Whether a call has only the text that is no padding, behind the grid, and the layout all of it.
         references: (model config, forward arguments by name) -> spans of reference images behind the grid.
         at: (model config, layout of the model, name of a module) -> the layout in that module.
+        frames: Whether one attention call spans the frames of a video.
         levels: Whether modules stand on levels of unequal size, with convolutions between them.
         patch: model config -> latent frames, rows and columns in a token, for forecasts before a run. The latents are
             those of the VAE, also where the pipeline packs them.
@@ -93,6 +94,7 @@ class Family:
     text_varies: bool = False
     references: Callable[[Any, Mapping[str, Any]], tuple[Span, ...]] = _no_references
     at: Callable[[Any, TokenLayout, str], TokenLayout] = _same_layout
+    frames: bool = False
     levels: bool = False
     patch: Callable[[Any], tuple[int, int, int]] = patch_of
     usual_text: tuple[int, int] = (0, 0)

@@ -34,6 +34,7 @@ _WAN = Family(
     "wan",
     re.compile(r"blocks\.\d+\.attn1"),
     video_grid,
+    frames=True,
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
     rotary=_wan_rotary,
@@ -61,6 +62,7 @@ _COSMOS = Family(
     "cosmos",
     re.compile(r"transformer_blocks\.\d+\.attn1"),
     video_grid,
+    frames=True,
     # Their RoPE turns halves of the channels and no pairs of neighbours.
     supplies=frozenset({"block_input", "seed"}),
 )
@@ -71,7 +73,7 @@ def _frame(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
 
 
 # Its temporal blocks attend over the frames of one place, which costs next to nothing, and stay dense.
-_LATTE = replace(_COSMOS, name="latte", at=_frame, supplies=frozenset(NEEDS))
+_LATTE = replace(_COSMOS, name="latte", at=_frame, frames=False, supplies=frozenset(NEEDS))
 
 
 def _packed(inputs: Mapping[str, Any]) -> int:
@@ -128,6 +130,7 @@ _LTX = Family(
     re.compile(r"transformer_blocks\.\d+\.attn1"),
     None,
     whole=_ltx,
+    frames=True,
     # Each head has RoPE of its own.
     supplies=frozenset(NEEDS) - {"rotary"},
     query_norms=("norm_q",),
@@ -156,6 +159,7 @@ _KANDINSKY5 = Family(
     "kandinsky-5",
     re.compile(r"visual_transformer_blocks\.\d+\.self_attention"),
     _kandinsky5,
+    frames=True,
     heads=_kandinsky5_heads,
     supplies=frozenset({"block_input", "seed"}),
 )

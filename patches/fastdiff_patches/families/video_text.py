@@ -58,6 +58,7 @@ _HUNYUAN = Family(
     "hunyuan-video",
     re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
     video_grid,
+    frames=True,
     text=_text_behind,
     usual_text=(0, 256),
     # Its blocks take text and video apart.
@@ -127,6 +128,7 @@ _MOCHI = Family(
     "mochi",
     re.compile(r"transformer_blocks\.\d+\.attn1"),
     video_grid,
+    frames=True,
     text=_text_behind,
     # Its processor takes one sample after the other, and of each the text that is no padding.
     text_varies=True,
@@ -171,6 +173,7 @@ _COGVIDEOX = Family(
     "cogvideox",
     re.compile(r"transformer_blocks\.\d+\.attn1"),
     _cogvideox,
+    frames=True,
     text=_text_in_front,
     usual_text=(226, 0),
     # Its blocks take text and video apart.

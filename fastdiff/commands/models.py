@@ -1,0 +1,82 @@
+"""`fastdiff models`: which models can be patched, by which methods, and what the tests have shown of each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+
+_MARKS = {"yes": "", "training": "*", "calibration": "+"}
+
+
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="A family, such as wan, or a model class of diffusers. All by default.")
+    ] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """List the models that can be patched, their methods, and what tests have shown.
+
+    Tests run small models of each class with random weights. Other models work too, if layout= describes them.
+
+    \b
+    Examples:
+      fastdiff models
+      fastdiff models flux
+      fastdiff models WanTransformer3DModel --json
+    """
+    from .screen import results_only_on_stdout
+
+    with results_only_on_stdout():
+        from fastdiff.catalogue import catalogue
+
+        found = catalogue(name)
+    if as_json:
+        from fastdiff.measure.report import to_json
+
+        typer.echo(to_json(found))
+    else:
+        _show(found, with_reasons=name is not None)
+
+
+def _show(found: dict[str, Any], with_reasons: bool) -> None:
+    from .tables import listing
+
+    listing(
+        ("model", "family", "methods", "tests passed", "pipelines run"),
+        [
+            (model["model"], model["family"], _methods(model), _passed(model), _pipelines(model))
+            for model in found["models"]
+        ],
+    )
+    typer.echo("* wants fine-tuned weights (clear at a small radius alone)   + wants a calibration run")
+    if with_reasons:
+        reasons = {
+            f"{method} in {model['family']}: {use['why']}": None
+            for model in found["models"]
+            for method, use in model["methods"].items()
+            if use["why"]
+        }
+        for reason in reasons:
+            typer.echo(reason)
+    versions = ", ".join(f"{name} {found['test_run']['versions'][name]}" for name in ("torch", "diffusers"))
+    published = ", ".join(found["published_weights"]) or "none"
+    typer.echo(f"Tests ran small models with random weights ({versions}). With published weights: {published}.")
+
+
+def _methods(model: dict[str, Any]) -> str:
+    uses = {method: use["use"] for method, use in model["methods"].items()}
+    return ", ".join(method + _MARKS[use] for method, use in uses.items() if use in _MARKS)
+
+
+def _passed(model: dict[str, Any]) -> str:
+    passed = sum(test["passed"] for test in model["tested"])
+    total = passed + sum(len(test["failed"]) for test in model["tested"])
+    return f"{passed} of {total}" if total else "not tested"
+
+
+def _pipelines(model: dict[str, Any]) -> str:
+    ran = (test["shows"] for test in model["tested"] if test["passed"])
+    return ", ".join(shown.removeprefix("pipeline ") for shown in ran if shown.startswith("pipeline "))
