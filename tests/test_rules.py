@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from paro_plans import random_masks
 from tiny_models import call_arguments, compile_as, forward, model_inputs, tiny_wan, tiny_wan_pipeline, video
 from tiny_picture_models import picture, tiny_sd_pipeline, tiny_unet, unet_inputs
 from torch._dynamo.testing import CompileCounter
@@ -13,7 +14,9 @@ from torch._dynamo.testing import CompileCounter
 import fastdiff
 from fastdiff import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, Rule, RulesConfig
 from fastdiff.methods import build_plan
-from fastdiff_kernels import Grid, InvalidInputError, TokenLayout, UnsupportedError
+from fastdiff.methods.paro import paro_plan
+from fastdiff.methods.rules_planner import RulePlan
+from fastdiff_kernels import Grid, InvalidInputError, TokenLayout, UnsupportedError, of_heads
 from fastdiff_patches.attachment import find
 
 torch.set_num_threads(1)
@@ -271,6 +274,15 @@ class TestLearned:
         fastdiff.apply(pipe, config)
         assert list(pipe.transformer.blocks[0].attn1.fastdiff) == ["0", "1"]
         assert video(pipe).isfinite().all()
+
+    def test_a_plan_of_some_heads(self):
+        grid = Grid(2, 8, 12)
+        whole = paro_plan(TokenLayout.self_attention(grid), [0, 3, 5, 1], random_masks(grid, 4))
+        part = RulePlan(DISK.planner(), whole, "0").of_heads(2, 2)
+        assert (part.key, part.plan) == ("0", of_heads(whole, 2, 2))
+        assert part.plan.heads == 2
+        agents = RulePlan(self.CONVOLVED.planner(), self.CONVOLVED.build_plan(TokenLayout.self_attention(grid)), "1")
+        assert agents.of_heads(0, 1) is agents
 
     def test_needs_a_family_that_supplies_them(self):
         from tiny_latent_models import tiny_cogview4

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from fake_planner import FakePlanner, put_on
 from paro_plans import random_masks
-from tiny_models import model_inputs, tiny_wan
-from tiny_packed_models import qwen_inputs, tiny_qwen
+from tiny_models import model_inputs, tiny_wan, tiny_wan_pipeline, video
+from tiny_packed_models import packed_inputs, qwen_inputs, tiny_flux2, tiny_qwen
 from tiny_picture_models import flux_inputs, tiny_flux
 
 import fastdiff
@@ -23,7 +23,15 @@ from fastdiff.methods.planner import Planner
 RADIAL = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=32)
 NEAR = fastdiff.NeighborhoodConfig((3, 3), block_size=32)
 POOLED = fastdiff.ClearConfig(radius=2, pool_factor=2, block_size=32)
+RULES = fastdiff.RulesConfig([fastdiff.Rule(POOLED, layers="0"), fastdiff.Rule(NEAR)])
 FLUX = {"height": 6, "width": 8, "text": 4}
+
+
+def flux2_inputs(*size):
+    inputs = packed_inputs(*size, text=4, columns=4)
+    # As its pipeline gives them.
+    return inputs | {name: inputs[name][None] for name in ("img_ids", "txt_ids")}
+
 
 # The model, its arguments, the method, and what the context parallelism is told besides its degree.
 CASES = {
@@ -32,7 +40,10 @@ CASES = {
     "flux": (tiny_flux, flux_inputs(**FLUX), NEAR, {}),
     "flux, pooled keys": (tiny_flux, flux_inputs(**FLUX), POOLED, {}),
     "flux, a reference image": (tiny_flux, flux_inputs(**FLUX, reference=(2, 3)), NEAR, {}),
+    "flux, rules": (tiny_flux, flux_inputs(**FLUX), RULES, {}),
     "qwen": (tiny_qwen, qwen_inputs((1, 6, 8), text=6), NEAR, {}),
+    "flux, its layout given": (tiny_flux, flux_inputs(**FLUX), "layout", {}),
+    "flux2": (tiny_flux2, flux2_inputs(6, 8), NEAR, {}),
     "qwen, masked text": (tiny_qwen, qwen_inputs((1, 6, 8), text=6, valid=4), NEAR, {}),
     # gloo gathers only what all processes have equally much of, so the picture's tokens stay even.
     "flux, odd text": (tiny_flux, flux_inputs(**FLUX | {"text": 3}), NEAR, {"ulysses_anything": True}),
@@ -43,9 +54,11 @@ CASES = {
 }
 
 
-# Older releases lack some options.
+# Older releases lack some options and models.
 _OPTIONS = {field.name for field in dataclasses.fields(diffusers.ContextParallelConfig)}
 CASES = {name: case for name, case in CASES.items() if case[-1].keys() <= _OPTIONS}
+if not hasattr(diffusers, "Flux2Transformer2DModel"):
+    del CASES["flux2"]
 
 
 class EachHead(Planner):
@@ -66,6 +79,9 @@ def put(model, method):
         put_on(model, EachHead(RADIAL))
     elif method == "needs":
         put_on(model, FakePlanner(needs=frozenset({"pre_rope_query"})))
+    elif method == "layout":
+        layout = fastdiff.TokenLayout.self_attention(fastdiff.Grid(1, 6, 8), text_before=4)
+        fastdiff.apply(model, NEAR, layout=lambda inputs: layout)
     else:
         fastdiff.apply(model, method)
 
@@ -92,6 +108,18 @@ def compare(build, inputs, method, more) -> dict:
         "effect": (dense - whole).abs().max().item(),
         "removed": (run(model, inputs) - dense).abs().max().item(),
     }
+
+
+def pipeline() -> dict:
+    """A whole run, whose first step is dense."""
+    pipe = tiny_wan_pipeline()
+    dense = video(pipe)
+    whole = video(fastdiff.apply(pipe, RADIAL, dense_steps=1))
+    share(pipe.transformer, {})
+    shared = video(pipe)
+    removed = video(fastdiff.remove(pipe))
+    apart = {"apart": (shared, whole), "effect": (dense, whole), "removed": (removed, dense)}
+    return {name: (one - other).abs().max().item() for name, (one, other) in apart.items()}
 
 
 def gradients(compiled: bool) -> dict:
@@ -123,6 +151,7 @@ def work(rank: int, folder: str) -> None:
     # diffusers counts accelerators to place the process, and a CPU is none.
     torch.accelerator.device_count = lambda: 1
     found = {name: compare(*case) for name, case in CASES.items()}
+    found["a pipeline"] = pipeline()
     found["gradients"] = gradients(False)
     found["gradients, compiled"] = gradients(True)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))

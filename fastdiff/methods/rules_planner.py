@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fastdiff_kernels import InvalidInputError, TokenLayout
+from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout, of_heads
 from fastdiff_patches.planner import Extras
 
 from .base import MethodConfig
@@ -32,6 +32,10 @@ class RulePlan:
     def density(self) -> float:
         """That of the method's plan."""
         return self.plan.density()
+
+    def of_heads(self, first: int, count: int) -> RulePlan:
+        """The same for some heads, for context parallelism; a plan that cannot be cut stays whole."""
+        return replace(self, plan=of_heads(self.plan, first, count)) if isinstance(self.plan, BlockPlan) else self
 
 
 class RulesPlanner(Planner):

@@ -7,6 +7,7 @@ run back through the exchange.
 
 from __future__ import annotations
 
+import functools
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -31,11 +32,13 @@ def parts_of(layout: TokenLayout) -> tuple[int, ...]:
 def share_of(plan: Any, config: Any, heads: int) -> Any:
     """The plan of this process's heads; what cannot be shared is left to the attention call, which refuses it."""
     own, rest = divmod(heads, config.ulysses_degree)
-    if not isinstance(plan, BlockPlan) or rest or config.ring_degree > 1:
+    # A plan that holds another's (rules) cuts that one.
+    cut = functools.partial(of_heads, plan) if isinstance(plan, BlockPlan) else getattr(plan, "of_heads", None)
+    if cut is None or rest or config.ring_degree > 1:
         return plan
     # As where plans are made: it may serve a training step later.
     with torch.inference_mode(False):
-        return of_heads(plan, own * torch.distributed.get_rank(config._ulysses_mesh.get_group()), own)
+        return cut(own * torch.distributed.get_rank(config._ulysses_mesh.get_group()), own)
 
 
 class Ulysses(NamedTuple):
