@@ -75,6 +75,29 @@ class TestFusedProjections:
         assert torch.equal(run(fastdiff.remove(model), inputs), dense)
 
 
+@pytest.mark.together("gradient checkpointing, LoRA training")
+@pytest.mark.parametrize(
+    ("build", "inputs", "config"),
+    [
+        (tiny_flux, flux_inputs(height=6, width=8), fastdiff.ClearConfig(radius=2, pool_factor=2, block_size=32)),
+        (lambda: tiny_unet(levels=2), unet_inputs(), NEAR),
+    ],
+    ids=["flux", "unet"],
+)
+def test_gradient_checkpointing(build, inputs, config):
+    torch.manual_seed(0)
+    model, found = fastdiff.apply(build(), config).train(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(**inputs)[0].square().mean().backward()
+        found.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any("fastdiff" in name for name in found[0]) == (find(model).layers[0].parameters is not None)
+
+
 def first_block(pipe):
     return diffusers.FirstBlockCacheConfig(threshold=0.3)
 

@@ -29,11 +29,11 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.together("context parallelism, Ulysses: two processes equal one")
-@pytest.mark.parametrize("name", [name for name in ulysses_worker.CASES if name not in REFUSED])
+@pytest.mark.parametrize("name", [*(name for name in ulysses_worker.CASES if name not in REFUSED), "a pipeline"])
 def test_two_processes_make_what_one_makes(found, name):
     for result in found:
-        assert result[name]["apart"] < 2e-6
-        assert result[name]["removed"] < 2e-6
+        assert result[name]["apart"] < 5e-6
+        assert result[name]["removed"] < 5e-6
         assert result[name]["effect"] > 1e-3
 
 
