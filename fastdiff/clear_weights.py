@@ -57,7 +57,7 @@ def load_clear_weights(pipe_or_model: Any, path: str | Path) -> ClearWeights:
 
     Args:
         pipe_or_model: A FLUX pipeline or its transformer. For a file with grids it must have been patched with a
-            `ClearConfig` of their pool factor before.
+            `ClearConfig` of their pool factor before, or with rules that have one for every layer.
         path: The safetensors file.
 
     Returns:
@@ -88,7 +88,7 @@ def load_clear_weights(pipe_or_model: Any, path: str | Path) -> ClearWeights:
         for name, grid in grids.items():
             target = _grid_of(path, name, modules[name], grid)
             targets[f"{name}.{_GRIDS[1]}"], loaded[f"{name}.{_GRIDS[1]}"] = target, grid.reshape(target.shape)
-    elif any(isinstance(getattr(module, "fastdiff", None), KeyPooling) for module in modules.values()):
+    elif any(_pooling_of(module) is not None for module in modules.values()):
         raise InvalidInputError(
             f"{path} has no pooling grids and the model is patched with a pool_factor; apply ClearConfig(radius) "
             "without one, or load a file that has grids."
@@ -173,13 +173,21 @@ def _grid_of(path, name: str, module: nn.Module, grid: torch.Tensor) -> torch.Te
             f"the pooling grid of {name} in {path} has the shape {list(grid.shape)}; it must be [1, 1, 1, f, 1, f, 1] "
             "or [f, f]."
         )
-    pooling = getattr(module, "fastdiff", None)
-    if not isinstance(pooling, KeyPooling) or pooling.weight.shape[0] != side:
+    pooling = _pooling_of(module, side)
+    if pooling is None:
         raise InvalidInputError(
             f"{path} has pooling grids of {side}x{side} and the model is not patched for them; call "
             f"fastdiff.apply(pipe, ClearConfig(radius, pool_factor={side})) first."
         )
     return pooling.weight
+
+
+def _pooling_of(module: nn.Module, side: int | None = None) -> KeyPooling | None:
+    """What pools the keys of an attention module; under rules it stands among what other methods learn."""
+    learned = getattr(module, "fastdiff", None)
+    parts = () if learned is None else learned.modules()
+    found = (part for part in parts if isinstance(part, KeyPooling))
+    return next((part for part in found if side in (None, part.weight.shape[0])), None)
 
 
 @torch.no_grad()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from dataclasses import dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff_kernels import InvalidInputError
@@ -101,8 +103,10 @@ def presets() -> Presets:
 
 
 def is_name(config: Any) -> bool:
-    """Whether what a user gave as a config is a single word, which no JSON and no path of a JSON file is."""
-    return isinstance(config, str) and not set(config) & set('{}[]":/\\ ') and not config.endswith(".json")
+    """Whether what a user gave as a config is a method's name, or a word that is no JSON and no path of a file."""
+    if not isinstance(config, str) or config in METHODS:
+        return isinstance(config, str)
+    return re.fullmatch(r"[\w.-]+", config) is not None and not config.endswith(".json") and not Path(config).is_file()
 
 
 def named(name: str) -> Preset:

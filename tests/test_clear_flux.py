@@ -178,6 +178,27 @@ def test_other_spellings_of_the_same_names(tmp_path, prefix):
     assert torch.equal(model.transformer_blocks[0].attn.fastdiff.weight, grid.reshape(2, 2))
 
 
+def test_released_weights_under_rules(tmp_path):
+    model = tiny_flux(layers=1, single_layers=2)
+    before = state_of(model)
+    tensors = released(model, 2)
+    save_file(tensors, tmp_path / "clear.safetensors")
+    fastdiff.apply(model, POOLED)
+    weights = load_clear_weights(model, tmp_path / "clear.safetensors")
+    expected = forward(model)
+    fastdiff.remove(model)
+    weights.restore()
+    fastdiff.apply(model, fastdiff.RulesConfig([fastdiff.Rule(POOLED, layers="0"), fastdiff.Rule(POOLED)]))
+    weights = load_clear_weights(model, tmp_path / "clear.safetensors")
+    assert torch.equal(forward(model), expected)
+    weights.restore()
+    fastdiff.remove(model)
+    assert equal(model, before)
+    fastdiff.apply(model, fastdiff.RulesConfig([fastdiff.Rule("dense", layers="0"), fastdiff.Rule(POOLED)]))
+    with pytest.raises(InvalidInputError, match="not patched for them"):
+        load_clear_weights(model, tmp_path / "clear.safetensors")
+
+
 def test_own_grids_travel_by_the_state_dict(tmp_path):
     """What was trained with fastdiff is saved and loaded in the same form."""
     model = tiny_flux()

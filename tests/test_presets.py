@@ -237,7 +237,7 @@ class TestRefusals:
         (tmp_path / "rules.json").write_text(config.to_json())
         (tmp_path / "plain").write_text(config.to_json())
         model = tiny_wan()
-        for source in ("rules.json", "./plain", tmp_path / "plain", config.to_json()):
+        for source in ("rules.json", "plain", "./plain", tmp_path / "plain", config.to_json()):
             fastdiff.apply(model, source)
             assert find(model).settings.config == config
         assert forward(model).isfinite().all()
