@@ -17,13 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from fastdiff_kernels.hopper import _forward_kernel as kernel
+from fastdiff_kernels.hopper import _forward_kernel as kernel, tile_of
 
 head_dim, rule = int(sys.argv[1]), int(sys.argv[2])
-layout = gl.NVMMASharedLayout.get_default_for([128, head_dim], gl.bfloat16)
+tile = tile_of(head_dim)
+layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16)
 constants = {"HEAD_DIM": head_dim, "RULE": rule, "WRITE_LSE": True}
 kinds = {"q": "*bf16", "out": "*bf16", "lse": "*fp32", "scale_log2": "fp32", **dict.fromkeys(constants, "constexpr")}
-kinds |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[128, {head_dim}],{layout!r}>")
+kinds |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile},{layout!r}>")
 tables = "q_order q_table k_table launch_order full_offsets full_indices partial_offsets partial_indices rule bits"
 kinds |= dict.fromkeys(tables.split(), "*i32")
 signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
@@ -34,7 +35,7 @@ print(built.metadata.shared)
 """
 
 
-@pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (128, 3), (64, 6)])
+@pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (128, 3), (40, 6), (256, 2)])
 def test_it_compiles_and_fits_shared_memory(head_dim, rule, tmp_path):
     pytest.importorskip("triton")
     (found,) = shared_memory(COMPILE, [str(head_dim), str(rule)], tmp_path)
@@ -51,6 +52,7 @@ def plans() -> dict[str, BlockPlan]:
         "dense with text": BlockPlan.from_rule(text, whole, **size),
         "metric": BlockPlan.from_rule(text, metric_rule(3), **size),
         "box": BlockPlan.from_rule(text, box_rule(grid), **size),
+        "ball": BlockPlan.from_rule(text, Rule.metric(torch.tensor([40, 30, -1])), **size),
         "bits per head": bits_plan(),
     }
 
@@ -76,7 +78,7 @@ def bits_plan() -> BlockPlan:
 @on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", plans())
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_it_equals_the_reference(name, head_dim, dtype, poison):
     plan = plans()[name].to("cuda")
@@ -113,5 +115,6 @@ def test_other_calls_are_left_to_the_portable_kernel():
     assert not kernel.fits(q, plan, 0.1, mask)
     assert not kernel.fits(q, plan, -0.1, None)
     assert not kernel.fits(q.float(), plan, 0.1, None)
-    assert not kernel.fits(q[..., :40], plan, 0.1, None)
+    assert not kernel.fits(q[..., :36], plan, 0.1, None)
+    assert not kernel.fits(q[..., :32], plan, 0.1, None)
     assert not kernel.fits(q, small, 0.1, None)

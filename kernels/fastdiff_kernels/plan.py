@@ -185,6 +185,12 @@ class BlockPlan:
         return int((self.full.counts + self.partial.counts).max())
 
     @cached_property
+    def heavy_rows(self) -> int:
+        """How many places at the head of the launch order hold rows over three times as long as the mean."""
+        counts = (self.full.counts + self.partial.counts).gather(1, self.launch_order.long()).amax(0)
+        return int((counts > 3 * self.mean_row).sum())
+
+    @cached_property
     def transposed(self) -> Columns:
         """The lists by key block; built when a gradient is first asked for."""
         full, _ = self.full.transposed(self.key_blocks)
