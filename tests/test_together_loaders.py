@@ -104,22 +104,30 @@ class TestLora:
         torch.testing.assert_close(video(other), swapped, atol=1e-5, rtol=1e-4)
 
     def test_hot_swapped_without_compiling_anew(self):
-        torch._dynamo.reset()
-        pipe = fastdiff.apply(tiny_wan_pipeline(layers=3), RADIAL, dense_steps=1)
-        if not hasattr(pipe, "enable_lora_hotswap"):
-            pytest.skip("this diffusers cannot prepare for hot-swapping")
-        pipe.enable_lora_hotswap(target_rank=4)
-        pipe.load_lora_weights(lora(pipe.transformer, 1), adapter_name="one")
-        compile_as(pipe, "blocks", "eager")
-        first = video(pipe)
-        with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipe.load_lora_weights(lora(pipe.transformer, 2), adapter_name="one", hotswap=True)
-            swapped = video(pipe)
-        assert not torch.allclose(swapped, first, atol=1e-3)
+        def swapped(patched):
+            torch._dynamo.reset()
+            pipe = tiny_wan_pipeline(layers=3)
+            if patched:
+                fastdiff.apply(pipe, RADIAL, dense_steps=1)
+            pipe.enable_lora_hotswap(target_rank=4)
+            pipe.load_lora_weights(lora(pipe.transformer, 1), adapter_name="one")
+            compile_as(pipe, "blocks", "eager")
+            first = video(pipe)
+            with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pipe.load_lora_weights(lora(pipe.transformer, 2), adapter_name="one", hotswap=True)
+                second = video(pipe)
+            assert not torch.allclose(second, first, atol=1e-3)
+            return second
+
+        try:
+            swapped(patched=False)
+        except torch._dynamo.exc.RecompileError:
+            pytest.skip("this diffusers or this peft compiles anew without fastdiff too")
+        found = swapped(patched=True)
         other = fastdiff.apply(tiny_wan_pipeline(layers=3), RADIAL, dense_steps=1)
         other.load_lora_weights(lora(other.transformer, 2))
-        torch.testing.assert_close(swapped, video(other), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found, video(other), atol=1e-4, rtol=1e-3)
 
 
 def image_projection(width: int) -> dict[str, torch.Tensor]:

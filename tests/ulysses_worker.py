@@ -28,7 +28,7 @@ FLUX = {"height": 6, "width": 8, "text": 4}
 
 
 def flux2_inputs(*size):
-    inputs = packed_inputs(*size, text=4, columns=4)
+    inputs = packed_inputs(*size, text=4, columns=4, guidance=torch.ones(1))
     # As its pipeline gives them.
     return inputs | {name: inputs[name][None] for name in ("img_ids", "txt_ids")}
 
