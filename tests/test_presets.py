@@ -7,8 +7,8 @@ import pytest
 import tiny_video_models
 import tiny_video_text_models
 import torch
+from tiny_latent_models import tiny_sd3
 from tiny_models import PROMPT, forward, tiny_wan, tiny_wan_pipeline, video
-from tiny_packed_models import tiny_flux2
 from tiny_picture_models import flux_inputs, picture, tiny_flux, tiny_flux_pipeline, tiny_sd_pipeline, tiny_unet
 
 import fastdiff
@@ -213,7 +213,7 @@ class TestRefusals:
             (tiny_wan, "rules", "nobody has published .*'rules'.*or a RulesConfig of your own"),
             (tiny_wan, "clear-flux-32", "'clear-flux-32' are for flux; for family 'wan'"),
             (tiny_wan, "radail", r"'radail', which is no method with published settings \(radial, neighborhood, clear"),
-            (tiny_flux2, "radial", "'radial' are for wan, hunyuan-video; for family 'flux2' there are none"),
+            (tiny_sd3, "radial", "'radial' are for wan, hunyuan-video; for family 'sd3' there are none"),
         ],
         ids=str,
     )
