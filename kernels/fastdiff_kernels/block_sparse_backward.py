@@ -19,9 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_sparse import BITS, head_step, in_order, mask_in_order, pairs_seen
+from .block_sparse import head_step, mask_in_order, pairs_seen, word_of
 from .plan import BlockPlan
-from .tuning import backward_tile, shared_memory_of
+from .reorder import gather
+from .tuning import BackwardTile, backward_tile, hopper_backward, shared_memory_of
+
+# Slots that one program turns into row terms.
+_TILE = 32
+_LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -49,9 +54,7 @@ def _walk_keys(
         value = _load(v, k_slots, v_stride, dims, HEAD_DIM, BLOCK_D, EXACT)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2 - lse[:, None]
         if PARTIAL:
-            word = 0
-            if RULE == BITS:
-                word = tl.load(bits + entry)
+            word = word_of(bits, entry, RULE)
             visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
             scores = tl.where(visible, scores, float("-inf"))
         if HAS_KEY_MASK:
@@ -80,11 +83,9 @@ def _walk_queries(
         row_lse, row_delta = tl.load(lse + q_slots), tl.load(delta + q_slots)
         scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2 - row_lse[None, :]
         if PARTIAL:
-            word = 0
-            if RULE == BITS:
-                word = tl.load(bits + tl.load(bit_place + entry))
-            visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K)
-            scores = tl.where(tl.trans(visible), scores, float("-inf"))
+            word = word_of(bits, tl.load(bit_place + entry), RULE)
+            visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K, True)
+            scores = tl.where(visible, scores, float("-inf"))
         if HAS_KEY_MASK:
             scores = tl.where(key_exists[:, None], scores, float("-inf"))
         weights = tl.exp2(scores)
@@ -193,6 +194,37 @@ def _grad_kv_kernel(
     tl.store(grad_v + place, total_v.to(grad_v.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _row_terms_kernel(
+    grad, out, lse, grad_lse, q_order, rows, delta,
+    grad_stride_b, grad_stride_n, grad_stride_h, out_stride_b, out_stride_n, out_stride_h,
+    heads, tokens_in_all, slots_in_all, order_step,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp in base 2 and delta of each slot."""
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    slots = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tokens = tl.load(q_order + head * order_step + slots, mask=slots < slots_in_all, other=-1)
+    exists = tokens >= 0
+    dims = tl.arange(0, BLOCK_D)
+    inside = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    place = tokens.to(tl.int64)[:, None]
+    grad += batch * grad_stride_b + head * grad_stride_h
+    out += batch * out_stride_b + head * out_stride_h
+    up = tl.load(grad + place * grad_stride_n + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    result = tl.load(out + place * out_stride_n + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    row_delta = tl.sum(up * result, 1)
+    row = (batch * heads + head) * tokens_in_all + tokens
+    if HAS_GRAD_LSE:
+        row_delta -= tl.load(grad_lse + row, mask=exists, other=0.0)
+    row_lse = tl.load(lse + row, mask=exists, other=float("-inf"))
+    # Queries that see no key, and padding, get weights of 0 from an infinite log-sum-exp.
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse / _LN2)
+    place = (batch * heads + head) * slots_in_all + slots
+    tl.store(rows + place, row_lse, mask=slots < slots_in_all)
+    tl.store(delta + place, row_delta, mask=slots < slots_in_all)
+
+
 def backward(
     grad: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -212,61 +244,92 @@ def backward(
         grad_lse: Gradient of the log-sum-exp `[batch, heads, query tokens]`, or None.
         out, lse: Output and log-sum-exp of the forward call.
     """
-    batch, _, heads, head_dim = q.shape
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    delta = torch.einsum("bqhd,bqhd->bhq", grad.float(), out.float())
-    if grad_lse is not None:
-        delta = delta - grad_lse.float()
-    # Queries that see no key, and padding, get weights of 0 from an infinite log-sum-exp.
-    rows = torch.where(lse == float("-inf"), float("inf"), lse / math.log(2))
-    rows = _rows_in_order(rows, plan.query.order, float("inf"))
-    delta = _rows_in_order(delta, plan.query.order, 0.0)
-    upstream, query = (in_order(x, plan.query.order) for x in (grad, q))
-    key, value = (in_order(x, plan.key.order) for x in (k, v))
-    if key_mask is not None:
-        key_mask = mask_in_order(key_mask, plan.key.order)
+    # The gradient of a sum has strides of 0.
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    terms = _row_terms(grad, grad_lse, out, lse, plan)
+    queries, keys = plan.query.order, plan.key.order
+    query, *others = gather((q, queries), (grad, queries), (k, keys), (v, keys))
+    tensors = (query, *others, *terms)
+    hopper = hopper_backward(q.device)
+    if hopper is not None and hopper.fits(query, plan, key_mask):
+        hopper.walk_rows(*tensors, grad_q, plan, scale)
+        hopper.walk_columns(*tensors, grad_k, grad_v, plan, scale)
+    else:
+        if key_mask is not None:
+            key_mask = mask_in_order(key_mask, plan.key.order)
+        _walk_rows(*tensors, grad_q, plan, scale, key_mask)
+        _walk_columns(*tensors, grad_k, grad_v, plan, scale, key_mask)
+    return grad_q, grad_k, grad_v
 
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_q, block_k = plan.query.block, plan.key.block
-    shared_memory = shared_memory_of(q.device)
-    strides = [stride for x in (query, key, value, upstream, grads[0]) for stride in x.stride()[:3]]
-    rule = plan.kernel_rule
-    sizes = (
-        plan.query.slots,
-        *(head_step(x) for x in (plan.query.order, plan.key.order, rule.query, rule.key)),
-        plan.key.slots, int(plan.lists > 1), scale / math.log(2), scale,
+
+def _walk_rows(query, upstream, key, value, lse, delta, grad_q, plan, scale, key_mask) -> None:
+    batch, _, heads, head_dim = query.shape
+    block = plan.query.block
+    tile = _tile(block, plan.key.block, query)
+    _grad_q_kernel[(plan.query_blocks * (block // tile.held), batch * heads)](
+        query, key, value, upstream, lse, delta, grad_q, lse if key_mask is None else key_mask,
+        plan.query.order, plan.kernel_rule.query, plan.kernel_rule.key, plan.launch_order,
+        plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
+        plan.kernel_rule.parameters, plan.bits, *_strides(query, key, value, upstream, grad_q),
+        heads, plan.query_blocks, *_sizes(plan, scale),
+        TILE_Q=tile.held, TILE_K=tile.walked, num_warps=tile.warps, num_stages=tile.stages,
+        **_constants(plan, head_dim, key_mask),
     )  # fmt: skip
-    constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "BLOCK_K": block_k, "RULE": rule.kind,
+
+
+def _walk_columns(query, upstream, key, value, lse, delta, grad_k, grad_v, plan, scale, key_mask) -> None:
+    batch, _, heads, head_dim = query.shape
+    block, columns = plan.key.block, plan.transposed
+    tile = _tile(block, plan.query.block, query)
+    _grad_kv_kernel[(plan.key_blocks * (block // tile.held), batch * heads)](
+        query, key, value, upstream, lse, delta, grad_k, grad_v, lse if key_mask is None else key_mask,
+        plan.key.order, plan.kernel_rule.query, plan.kernel_rule.key, columns.launch_order,
+        columns.full.offsets, columns.full.indices, columns.partial.offsets, columns.partial.indices,
+        plan.kernel_rule.parameters, plan.bits, columns.bit_place, *_strides(query, key, value, upstream, grad_k),
+        heads, plan.key_blocks, *_sizes(plan, scale),
+        TILE_K=tile.held, TILE_Q=tile.walked, num_warps=tile.warps, num_stages=tile.stages,
+        **_constants(plan, head_dim, key_mask),
+    )  # fmt: skip
+
+
+def _tile(held_block: int, walked_block: int, x: torch.Tensor) -> BackwardTile:
+    return backward_tile(held_block, walked_block, _padded(x.shape[-1]), x.dtype, shared_memory_of(x.device))
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _sizes(plan: BlockPlan, scale: float) -> tuple:
+    rule = plan.kernel_rule
+    steps = (head_step(x) for x in (plan.query.order, plan.key.order, rule.query, rule.key))
+    return plan.query.slots, *steps, plan.key.slots, int(plan.lists > 1), scale / math.log(2), scale
+
+
+def _constants(plan: BlockPlan, head_dim: int, key_mask: torch.Tensor | None) -> dict:
+    return {
+        "HEAD_DIM": head_dim, "BLOCK_D": _padded(head_dim), "BLOCK_Q": plan.query.block, "BLOCK_K": plan.key.block,
+        "RULE": plan.kernel_rule.kind,
         "HAS_KEY_MASK": key_mask is not None, "KEY_MASK_OF_HEAD": plan.key.order.shape[0] > 1,
         # The interpreter's bfloat16 product is wrong without an error, so it computes in float32.
         "EXACT": os.environ.get("TRITON_INTERPRET") == "1",
     }  # fmt: skip
-    mask = rows if key_mask is None else key_mask
 
-    tile = backward_tile(block_q, block_k, block_d, q.dtype, shared_memory)
-    _grad_q_kernel[(plan.query_blocks * (block_q // tile.held), batch * heads)](
-        query, key, value, upstream, rows, delta, grads[0], mask,
-        plan.query.order, rule.query, rule.key, plan.launch_order,
-        plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
-        rule.parameters, plan.bits, *strides, heads, plan.query_blocks, *sizes,
-        TILE_Q=tile.held, TILE_K=tile.walked, num_warps=tile.warps, num_stages=tile.stages, **constants,
+
+def _row_terms(grad, grad_lse, out, lse, plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp in base 2 and delta, float32 `[batch, heads, query slots]`."""
+    batch, tokens, heads, head_dim = grad.shape
+    rows, delta = (
+        torch.empty(batch, heads, plan.query.slots, dtype=torch.float32, device=grad.device) for _ in range(2)
+    )
+    _row_terms_kernel[(triton.cdiv(plan.query.slots, _TILE), batch * heads)](
+        grad, out, lse, lse if grad_lse is None else grad_lse.contiguous(), plan.query.order, rows, delta,
+        *_strides(grad, out), heads, tokens, plan.query.slots, head_step(plan.query.order),
+        HEAD_DIM=head_dim, BLOCK_D=_padded(head_dim), TILE=_TILE, HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
-    columns = plan.transposed
-    strides[-3:] = grads[1].stride()[:3]
-    tile = backward_tile(block_k, block_q, block_d, q.dtype, shared_memory)
-    _grad_kv_kernel[(plan.key_blocks * (block_k // tile.held), batch * heads)](
-        query, key, value, upstream, rows, delta, grads[1], grads[2], mask,
-        plan.key.order, rule.query, rule.key, columns.launch_order,
-        columns.full.offsets, columns.full.indices, columns.partial.offsets, columns.partial.indices,
-        rule.parameters, plan.bits, columns.bit_place, *strides, heads, plan.key_blocks, *sizes,
-        TILE_K=tile.held, TILE_Q=tile.walked, num_warps=tile.warps, num_stages=tile.stages, **constants,
-    )  # fmt: skip
-    return tuple(grads)
-
-
-def _rows_in_order(x: torch.Tensor, order: torch.Tensor, padding: float) -> torch.Tensor:
-    """`[batch, heads, tokens]` to `[batch, heads, slots]`, with a value of its own for padding."""
-    place = order.clamp(min=0).long()
-    slots = x[..., place[0]] if len(place) == 1 else x.gather(2, place.expand(len(x), -1, -1))
-    return slots.masked_fill(order < 0, padding)
+    return rows, delta

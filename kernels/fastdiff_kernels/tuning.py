@@ -103,10 +103,24 @@ def hopper_kernel(device: torch.device) -> ModuleType | None:
     return _load_hopper()
 
 
+def hopper_backward(device: torch.device) -> ModuleType | None:
+    """The module with its kernels for the backward pass, likewise."""
+    return None if hopper_kernel(device) is None else _load_hopper_backward()
+
+
 @lru_cache(maxsize=1)
 def _load_hopper() -> ModuleType | None:
+    return _load("hopper")
+
+
+@lru_cache(maxsize=1)
+def _load_hopper_backward() -> ModuleType | None:
+    return _load("hopper_backward")
+
+
+def _load(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module(".hopper", __package__)
+        return importlib.import_module(f".{name}", __package__)
     except (ImportError, AttributeError) as error:
         _logger.warning(
             "this Triton's Gluon lacks what fastdiff's Hopper kernel needs (%s), so the portable Triton kernel runs, "

@@ -1,0 +1,81 @@
+"""The backward pass on Hopper: against float64 on a Hopper GPU; elsewhere it is compiled ahead of time."""
+
+import pytest
+import torch
+from ahead_of_time import shared_memory
+from test_hopper import on_hopper, plans
+
+from fastdiff_kernels import attention
+from fastdiff_kernels.tuning import hopper_backward
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from fastdiff_kernels import hopper_backward
+
+head_dim, rule = int(sys.argv[1]), int(sys.argv[2])
+shared = dict.fromkeys(("grad_q", "grad_k", "grad_v"), "*bf16")
+layout = gl.NVMMASharedLayout.get_default_for([64, head_dim], gl.bfloat16)
+tile = f"tensordesc<bf16[64, {head_dim}],{layout!r}>"
+shared |= dict.fromkeys(("q_desc", "up_desc", "k_desc", "v_desc"), tile)
+shared |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("scale_log2", "scale"), "fp32")
+tables = "q_order k_order q_table k_table launch_order full_offsets full_indices partial_offsets partial_indices"
+shared |= dict.fromkeys([*tables.split(), "rule", "bits", "bit_place"], "*i32")
+for kernel in (hopper_backward._columns_kernel, hopper_backward._rows_kernel):
+    constants = {"HEAD_DIM": head_dim, "RULE": rule}
+    kinds = shared | dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    source = GluonASTSource(kernel, signature, constants)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert "wgmma" in built.asm["ptx"]
+    print(built.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (64, 3), (128, 1)])
+def test_they_compile_and_fit_shared_memory(head_dim, rule, tmp_path):
+    pytest.importorskip("triton")
+    found = shared_memory(COMPILE, [str(head_dim), str(rule)], tmp_path)
+    assert len(found) == 2
+    assert max(found) <= 232_448
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", plans())
+def test_gradients_equal_float64(name, poison):
+    plan = plans()[name].to("cuda")
+    torch.manual_seed(0)
+    shape = (2, plan.heads or 3, plan.query_tokens, 128)
+    *inputs, upstream = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
+    upstream_lse = torch.randn(shape[:3], device="cuda")
+
+    def gradients(inputs, backend):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out, lse = attention(*inputs, plan, return_lse=True, backend=backend)
+        upstreams = (upstream.to(out.dtype), upstream_lse.to(lse.dtype).masked_fill(lse == float("-inf"), 0))
+        return torch.autograd.grad((out, lse), inputs, upstreams)
+
+    truth = gradients([x.double() for x in inputs], "reference")
+    ours, again = (gradients(inputs, "triton") for _ in range(2))
+    for found, same, true in zip(ours, again, truth, strict=True):
+        assert torch.equal(found, same)
+        assert (found.double() - true).norm() < 1e-2 * true.norm()
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_other_calls_are_left_to_the_portable_kernels():
+    plan = plans()["box"].to("cuda")
+    query = torch.empty(1, plan.query.slots, 2, 128, device="cuda", dtype=torch.bfloat16)
+    kernels = hopper_backward(query.device)
+    mask = torch.ones(1, plan.key_tokens, dtype=torch.bool, device="cuda")
+    assert kernels.fits(query, plan, None)
+    assert not kernels.fits(query, plan, mask)
+    assert not kernels.fits(query.float(), plan, None)
+    assert not kernels.fits(query[..., :96], plan, None)
+    assert not kernels.fits(query, plans()["metric"].to("cuda"), None)
+    assert not kernels.fits(query, plans()["small whole blocks"].to("cuda"), None)
