@@ -28,25 +28,20 @@ _USUAL_FFN = 4.0
 _LEVELS = re.compile(r"(down_blocks|up_blocks)\.\d+\.|mid_block\.")
 
 
-def dense_work(
-    model: nn.Module, family: Family, layout: TokenLayout, layers: Mapping[str, tuple[TokenLayout, int]]
-) -> tuple[dict[str, float], float]:
+def dense_work(model: nn.Module, attached: Attachment, layout: TokenLayout) -> tuple[dict[str, float], float]:
     """FLOPs of a dense forward of one sample: of the scores in each layer by name, and of everything else.
 
     With n tokens and a width of d channels a layer's scores and sums of values take 4 n^2 d. Its projections take
     8 n d^2, and a feed-forward of r d hidden channels 4 r n d^2. The scores' share of a transformer is therefore
     n / (n + (2 + r) d). In a UNet the convolutions count too, each at the size of its level. Cross-attention,
     modulation, norms and activations are left out, so that the true share is a little smaller.
-
-    Args:
-        model: The model.
-        family: Its family.
-        layout: The layout of the model.
-        layers: For each self-attention layer its own layout and its width.
     """
-    config = getattr(model, "config", None)
-    scores = {name: 4.0 * own.query_tokens * own.key_tokens * width for name, (own, width) in layers.items()}
-    rest = sum((8 + 4 * _ffn_ratio(config, width)) * own.query_tokens * width**2 for own, width in layers.values())
+    config, family = getattr(model, "config", None), attached.family
+    places, scores, rest = attached.places(config, layout), {}, 0.0
+    for layer in attached.layers:
+        own, width = places[layer.name].layout, layer.heads * layer.head_dim
+        scores[layer.name] = 4.0 * own.query_tokens * own.key_tokens * width
+        rest += (8 + 4 * _ffn_ratio(config, width)) * own.query_tokens * width**2
     if family.levels:
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and _LEVELS.match(name):
@@ -69,10 +64,8 @@ def tell_gain(model: nn.Module, attached: Attachment, layout: TokenLayout) -> No
     if attached.family.by_length:
         # Which modules are meant shows in this very forward.
         return
-    places = attached.seen[layout]
-    layers = {layer.name: (places[layer.name].layout, layer.heads * layer.head_dim) for layer in attached.layers}
     densities = {layer.name: layer.plan.density() for layer in attached.layers if layer.active}
-    share, gain = expected_gain(*dense_work(model, attached.family, layout, layers), densities)
+    share, gain = expected_gain(*dense_work(model, attached, layout), densities)
     if gain >= LEAST_GAIN:
         return
     density = sum(densities.values()) / len(densities)

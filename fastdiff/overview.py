@@ -12,6 +12,8 @@ import torch
 
 from fastdiff_kernels import FastDiffError, Grid
 
+from .advice import dense_work, expected_gain
+
 if TYPE_CHECKING:
     from fastdiff_patches.attachment import Attachment, Place
     from fastdiff_patches.processor import Layer
@@ -58,6 +60,8 @@ class ModelSummary:
         marked: Whether a single processor object waits for the first forward.
         mean_density: Mean over layers and, where their number is known, steps; dense counts as 1. Layers of unequal
             grids count by their pairs of tokens. An expert of Wan 2.2 is counted as if it ran all steps.
+        attention_share: Share of the scores in the FLOPs of a dense forward, estimated; None while no grid is known.
+        gain: What a step that is sparse gains at most by these FLOPs.
     """
 
     component: str
@@ -72,6 +76,8 @@ class ModelSummary:
     steps: int | None = None
     layers: tuple[LayerSummary, ...] = ()
     mean_density: float | None = None
+    attention_share: float | None = None
+    gain: float | None = None
     marked: bool = False
     preset: str | None = None
 
@@ -88,8 +94,11 @@ class ModelSummary:
             f"  backend   {self.backend}, here {self.runs_on}",
             f"  grids     {', '.join(self.grids) or 'none has run yet'}",
             f"  density   {self._density_text()}",
-            "  layers",
         ]
+        if self.gain is not None:
+            share = f"self-attention is about {100 * self.attention_share:.0f} % of the FLOPs of a dense one"
+            lines.append(f"  gain      at most {self.gain:.2f}x in a sparse step: {share}")
+        lines.append("  layers")
         return "\n".join(lines + [f"    {text}" for text in _grouped(self.layers, self.grid)])
 
     def _density_text(self) -> str:
@@ -143,7 +152,7 @@ def _one(
     asked = open_steps if settings.config.uses_steps and open_steps else [None]
     densities = _densities(attached, places, asked, steps)
     layers = tuple(_layer(attached, layer, places, densities, asked, steps) for layer in attached.layers)
-    mean = None
+    mean = share = gain = None
     if layers and places:
         own = [places[layer.name].layout for layer in attached.layers]
         pairs = [layout.query_tokens * layout.key_tokens for layout in own]
@@ -152,6 +161,8 @@ def _one(
             for count, layer in zip(pairs, layers, strict=True)
         )
         mean = computed / sum(pairs)
+        sparse = {layer.name: layer.density for layer in layers if not layer.dense}
+        share, gain = expected_gain(*dense_work(model, attached, layout), sparse)
     return ModelSummary(
         component=component,
         model=type(model).__name__,
@@ -165,6 +176,8 @@ def _one(
         steps=steps,
         layers=layers,
         mean_density=mean,
+        attention_share=share,
+        gain=gain,
         preset=settings.preset,
     )
 

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastdiff
 from fastdiff import advice
 from fastdiff_kernels import Grid, TokenLayout
+from fastdiff_patches.attachment import Attachment
 from fastdiff_patches.families import family_of
-from fastdiff_patches.locate import self_attention
+from fastdiff_patches.steps import StepReader
 
 torch.set_num_threads(1)
 
@@ -36,13 +37,10 @@ def told(caplog):
     return look
 
 
-def work(model, grid, text=0):
-    family, layout = family_of(model), TokenLayout.self_attention(Grid.parse(grid), text_before=text)
-    sizes = {name: family.heads(module) for name, module in self_attention(model, family).items()}
-    layers = {
-        name: (family.at(model.config, layout, name), heads * head_dim) for name, (heads, head_dim) in sizes.items()
-    }
-    return advice.dense_work(model, family, layout, layers)
+def work(model, grid):
+    family = family_of(model)
+    attached = Attachment(model, NARROW.planner(), fastdiff.DenseSchedule(), StepReader([]), family=family)
+    return advice.dense_work(model, attached, TokenLayout.self_attention(Grid.parse(grid)))
 
 
 def counted(model, **inputs):

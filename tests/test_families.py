@@ -181,6 +181,26 @@ def paro_for(model, inputs, path):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_the_summary_tells_what_ran_in_each_layer(name):
+    case = CASES[name]
+    model, inputs = case.build(), case.arguments(*case.grids[0])
+    fastdiff.apply(model, SMALL["neighborhood"])
+    run(model, inputs)
+    (found,) = fastdiff.summary(model).models
+    layers = find(model).layers
+    assert [layer.name for layer in found.layers] == list(locate.self_attention(model, families.family_of(model)))
+    assert [layer.density for layer in found.layers] == [
+        layer.plan.density() if layer.active else 1 for layer in layers
+    ]
+    assert [layer.heads * layer.head_dim for layer in found.layers] == [
+        layer.heads * layer.head_dim for layer in layers
+    ]
+    assert found.grid == "x".join(map(str, case.grids[0]))
+    assert 0 < found.attention_share < 1
+    assert fastdiff.summary(model, grid=found.grid).models == (found,), "a forecast for what has run"
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_which_families_span_the_frames(name):
     case = CASES[name]
     model = case.build()

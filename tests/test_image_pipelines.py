@@ -10,8 +10,9 @@ import pytest
 import tiny_latent_models as latent
 import tiny_packed_models as packed
 import torch
-from tiny_models import tiny_scheduler
-from tiny_picture_models import tiny_picture_vae
+from tiny_models import NoGuard, tiny_scheduler
+from tiny_picture_models import tiny_flux, tiny_picture_vae, tiny_unet
+from tiny_video_models import tiny_cosmos
 
 import fastdiff
 from fastdiff.commands import sizes
@@ -88,6 +89,11 @@ PIPES = {
         packed.tiny_flux2, lambda: embeds() | {"image": PIL.Image.new("RGB", (64, 80), "red")}, parts=flux2_vae
     ),
     "Flux2KleinPipeline": Pipe(packed.tiny_flux2_klein, lambda: both(**embeds()), parts=flux2_vae),
+    "FluxPipeline": Pipe(
+        tiny_flux,
+        lambda: embeds() | {"pooled_prompt_embeds": packed.noise(1, 32)},
+        absent=("vae", *numbered(*TEXT, count=2)),
+    ),
     "ChromaPipeline": Pipe(
         packed.tiny_chroma,
         lambda: both(**embeds(), prompt_attention_mask=torch.tensor([[True, True, True, False, False]])),
@@ -168,6 +174,35 @@ PIPES = {
         },
         absent=("vae", *numbered(*TEXT, count=2)),
         pixels=(160, 224),
+    ),
+    "HunyuanDiTPipeline": Pipe(
+        latent.tiny_hunyuan_dit,
+        lambda: (
+            both(
+                **embeds(4, 8),
+                prompt_attention_mask=mask(4),
+                prompt_embeds_2=packed.noise(1, 4, 8),
+                prompt_attention_mask_2=mask(4),
+            )
+            | {"use_resolution_binning": False}
+        ),
+        absent=("vae", "safety_checker", "feature_extractor", *numbered(*TEXT, count=2)),
+        scheduler=lambda: diffusers.DDPMScheduler(),
+    ),
+    "Cosmos2TextToImagePipeline": Pipe(
+        tiny_cosmos,
+        lambda: both(**embeds()),
+        scheduler=lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        parts=lambda: {"safety_checker": NoGuard()},
+    ),
+    "StableDiffusionPipeline": Pipe(
+        tiny_unet,
+        lambda: both(**embeds()),
+        absent=("vae", *TEXT, "safety_checker", "feature_extractor"),
+        scheduler=lambda: diffusers.EulerDiscreteScheduler(),
+        parts=lambda: {"requires_safety_checker": False},
+        pixels=(40, 56),
+        component="unet",
     ),
     "StableDiffusionXLPipeline": Pipe(
         latent.tiny_sdxl,

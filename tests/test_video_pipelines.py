@@ -1,5 +1,6 @@
 """Pipelines of video families with tiny models, as a user calls them; text comes as embeddings."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ import tiny_video_models as tiny
 import tiny_video_text_models as joint
 import torch
 from diffusers.pipelines.ltx import pipeline_ltx_condition
-from tiny_models import tiny_scheduler, tiny_vae
+from tiny_models import NoGuard, tiny_scheduler, tiny_text_encoder, tiny_tokenizer, tiny_vae, tiny_wan
+from tiny_picture_models import tiny_picture_vae
 
 import fastdiff
+from fastdiff import cli
 from fastdiff.commands import sizes
 from fastdiff_kernels import Grid
 from fastdiff_patches.attachment import find
@@ -36,6 +39,7 @@ class Pipe:
         absent: Components that are None.
         scheduler: () -> the scheduler.
         parts: () -> further components by name.
+        settle: pipeline -> changes what stands in the way of embeddings.
         grid: In tokens.
         component: What the pipeline calls its model.
     """
@@ -45,6 +49,7 @@ class Pipe:
     absent: tuple[str, ...] = ("vae", *TEXT)
     scheduler: Callable[[], Any] = lambda: tiny_scheduler("euler")
     parts: Callable[[], dict[str, Any]] = dict
+    settle: Callable[[Any], None] = lambda pipe: None
     grid: tuple[int, int, int] = (3, 3, 5)
     component: str = "transformer"
 
@@ -123,18 +128,70 @@ def magvit():
     }
 
 
-class NoGuard:
-    """Stands for the model that looks at prompts, which needs a package of its own."""
+class Connectors:
+    """Stands for the model that LTX-2 has between its text encoder and its transformer."""
 
-    def to(self, device):
-        pass
+    def __call__(self, prompt_embeds, mask, padding_side):
+        return prompt_embeds, prompt_embeds, mask
 
-    def check_text_safety(self, prompt):
-        return True
+
+def ltx2_parts():
+    """Of the VAEs the pipeline reads statistics alone, for latents as for pictures."""
+    video = tiny.build(
+        "AutoencoderKLLTX2Video",
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 3,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    audio = tiny.build("AutoencoderKLLTX2Audio", base_channels=4, latent_channels=1, ch_mult=(1, 1, 1), mel_bins=16)
+    return {"vae": video, "audio_vae": audio, "connectors": Connectors(), "vocoder": None}
+
+
+def wan_animate_call():
+    def clip(frames, height, width):
+        return [PIL.Image.new("RGB", (width, height), (20 * frame, 0, 90)) for frame in range(frames)]
+
+    images = {"image": clip(1, 48, 80)[0], "pose_video": clip(5, 48, 80), "face_video": clip(5, 16, 16)}
+    return images | {
+        "height": 48,
+        "width": 80,
+        "segment_frame_length": 5,
+        **embeds(512),
+    }
+
+
+def image_to_video_call():
+    return hunyuan_video_call() | {"image": PIL.Image.new("RGB", (80, 48), "red")}
+
+
+def hunyuan_video_vae():
+    vae = tiny.build(
+        "AutoencoderKLHunyuanVideo",
+        latent_channels=4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    return {"vae": vae, "image_processor": None}
+
+
+def see_anything(pipe):
+    pipe.encode_image = lambda image, device: tiny.noise(1, 4, 8)
 
 
 PIPES = {
     "HunyuanVideoPipeline": Pipe(joint.tiny_hunyuan_video, hunyuan_video_call, absent=("vae", *TWO_TEXTS)),
+    "HunyuanVideoImageToVideoPipeline": Pipe(
+        lambda: joint.tiny_hunyuan_video(image_condition_type="token_replace"),
+        image_to_video_call,
+        absent=TWO_TEXTS,
+        parts=hunyuan_video_vae,
+    ),
     "HunyuanVideo15Pipeline": Pipe(
         lambda: joint.tiny_hunyuan_video15(in_channels=9),
         hunyuan_video15_call,
@@ -163,6 +220,39 @@ PIPES = {
         lambda: size(17) | embeds(),
         scheduler=lambda: diffusers.EDMEulerScheduler(),
         parts=lambda: {"safety_checker": NoGuard()},
+    ),
+    "Cosmos2_5_PredictBasePipeline": Pipe(
+        lambda: tiny.tiny_cosmos(in_channels=5, extra_pos_embed_type=None),
+        lambda: size() | embeds(),
+        absent=TEXT,
+        scheduler=lambda: tiny_scheduler("unipc"),
+        parts=lambda: {"vae": tiny_vae(), "safety_checker": NoGuard()},
+    ),
+    "LTX2Pipeline": Pipe(
+        tiny.tiny_ltx2,
+        lambda: size(17, 96, 160) | embeds(mask="prompt_attention_mask") | {"spatio_temporal_guidance_blocks": [1]},
+        absent=TEXT,
+        parts=ltx2_parts,
+    ),
+    "WanPipeline": Pipe(tiny_wan, lambda: size() | embeds(), absent=TEXT, parts=lambda: {"vae": tiny_vae()}),
+    # A segment has a frame more than it shows, the reference.
+    "WanAnimatePipeline": Pipe(
+        tiny.tiny_wan_animate,
+        wan_animate_call,
+        absent=(*TEXT, "image_encoder", "image_processor"),
+        scheduler=lambda: tiny_scheduler("unipc"),
+        parts=lambda: {"vae": tiny_vae()},
+        settle=see_anything,
+    ),
+    "ChronoEditPipeline": Pipe(
+        lambda: tiny.wan_relative(
+            "ChronoEditTransformer3DModel", head_dim=24, in_channels=12, image_dim=8, added_kv_proj_dim=48
+        ),
+        lambda: size(5) | embeds() | {"image": PIL.Image.new("RGB", (80, 48), "red")},
+        absent=(*TEXT, "image_encoder", "image_processor"),
+        parts=lambda: {"vae": tiny_vae()},
+        settle=see_anything,
+        grid=(2, 3, 5),
     ),
     "AllegroPipeline": Pipe(
         tiny.tiny_allegro,
@@ -208,6 +298,7 @@ def build(name):
     torch.manual_seed(0)
     parts = dict.fromkeys(case.absent) | {case.component: case.model()} | case.parts()
     pipe = getattr(diffusers, name)(scheduler=case.scheduler(), **parts)
+    case.settle(pipe)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
@@ -221,9 +312,12 @@ def build(name):
 def test_a_pipeline_dense_sparse_and_dense_again(name, shows):
     pipe, draw = build(name)
     case = PIPES[name]
-    if sizes.makes_video(pipe):
-        asked = (case.call()[name] for name in ("num_frames", "height", "width"))
-        assert sizes.grid_of(pipe, *asked) == Grid(*case.grid), "as forecast before a run"
+    asked = case.call()
+    frames = asked.get(sizes.frames_argument(pipe))
+    # Segments of an animation have a frame more, the reference.
+    if frames is not None:
+        forecast = sizes.grid_of(pipe, frames, asked["height"], asked["width"])
+        assert forecast == Grid(*case.grid), "as forecast before a run"
     shows(getattr(pipe, case.component), f"pipeline {type(pipe).__name__}")
     dense = draw()
     fastdiff.apply(pipe, WHOLE)
@@ -256,3 +350,23 @@ def test_text_slots_that_no_prompt_fills_are_padding():
     draw()
     (layout,) = find(pipe.transformer).seen
     assert [(span.kind, span.tokens) for span in layout.query] == [("grid", 45), ("text", 64), ("pad", 679)]
+
+
+def test_latte_on_the_command_line(tmp_path, capsys):
+    """Its call has another name for the number of frames."""
+    vae = tiny_picture_vae()
+    vae.register_to_config(shift_factor=None)
+    pipe = diffusers.LattePipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(),
+        vae=vae,
+        transformer=tiny.tiny_latte(out_channels=8),
+        scheduler=diffusers.DDIMScheduler(),
+    )
+    pipe.save_pretrained(tmp_path / "latte")
+    words = ["compare", "--model", str(tmp_path / "latte"), "--prompt", "a red circle", "--num-frames", "3"]
+    words += ["--height", "32", "--width", "48", "--steps", "2", "--method", "clear", "--config", '{"radius": 2}']
+    assert cli.main([*words, "--output", str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_frames"], report["grid"]) == (3, "3x8x12")
+    assert report["density"] > 0

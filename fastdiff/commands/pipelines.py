@@ -211,7 +211,7 @@ def settle(pipe: Any, request: Request) -> Job:
     if not is_video and None in size.values():
         own = dict(zip(size, sizes.own_size(pipe) or (None, None), strict=True))
         size = {name: own[name] if value is None else value for name, value in size.items()}
-    size["num_frames"] = pick("num_frames") if is_video else 1
+    size["num_frames"] = pick("num_frames", sizes.frames_argument(pipe)) if is_video else 1
     for name, value in size.items():
         if value is None:
             raise InvalidInputError(f"this pipeline has no default {name}; add --{name.replace('_', '-')}.")

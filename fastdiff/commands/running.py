@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdiff_kernels.errors import NotFiniteError
 
+from . import sizes
 from .pipelines import Job
 from .screen import stage
 
@@ -95,7 +96,7 @@ def arguments(pipe: Any, job: Job, **more) -> dict[str, Any]:
     wanted = {
         "height": job.height,
         "width": job.width,
-        "num_frames": job.num_frames,
+        sizes.frames_argument(pipe): job.num_frames,
         "num_inference_steps": job.steps,
         "guidance_scale": job.guidance_scale,
         **job.call,

@@ -41,7 +41,12 @@ def core(pipe: Any) -> nn.Module | None:
 
 
 def makes_video(pipe: Any) -> bool:
-    return "num_frames" in _parameters(pipe)
+    return frames_argument(pipe) is not None
+
+
+def frames_argument(pipe: Any) -> str | None:
+    """What a pipeline's call takes its number of frames as, None if it makes pictures; Latte has a name of its own."""
+    return next((name for name in ("num_frames", "video_length") if name in _parameters(pipe)), None)
 
 
 def check_pipeline(source: str, pipe: Any) -> None:
