@@ -96,9 +96,11 @@ def test_blocks_of_several_spans_keep_their_tables():
     bits = torch.randint(0, 16, state.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     plan = BlockPlan.from_states(*sides, state, Rule.bits(8, 8, 2), bits).to(DEVICE)
     assert plan.kernel_rule.kind == MIXED_BITS
-    q, k, v = (torch.randn(1, plan.key_tokens, 1, 16, device=DEVICE) for _ in range(3))
-    out = attention(q, k, v, plan, backend="triton")
-    torch.testing.assert_close(out, attention(q, k, v, plan, backend="reference"), atol=1e-5, rtol=1e-4)
+    inputs = [torch.randn(1, plan.key_tokens, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    found, truth = (attention(*inputs, plan, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-4)
+    for gradients in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in (found, truth)), strict=True):
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 def test_large_grids_fit_and_too_large_ones_are_refused():
