@@ -19,6 +19,7 @@ from tiny_picture_models import (
 )
 
 import fastdiff
+from fastdiff_kernels import InvalidInputError
 from fastdiff_patches.attachment import find
 
 torch.set_num_threads(1)
@@ -223,6 +224,14 @@ class TestImagePrompts:
         assert not torch.allclose(sparse, dense, atol=1e-3)
         fastdiff.apply(model, WHOLE)
         torch.testing.assert_close(look(), dense, atol=5e-6, rtol=1e-4)
+
+    def test_a_processor_object_whose_settings_the_loader_drops_is_refused(self, unet):
+        unet.set_attn_processor(fastdiff.RadialAttnProcessor(RADIAL))
+        unet._load_ip_adapter_weights([unet_adapter(unet)], low_cpu_mem_usage=False)
+        with pytest.raises(InvalidInputError, match="Loading an IP-adapter makes others"):
+            self.look(unet)
+        fastdiff.apply(unet, NEAR)
+        assert self.look(unet).isfinite().all()
 
 
 def dynamic_int8(model):

@@ -119,9 +119,16 @@ def _patch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _attach(model: nn.Module) -> bool:
-    marker = next(iter(_markers(model).values()), None)
-    if marker is None:
+    markers = set(_markers(model).values())
+    if not markers:
         return False
+    if len(markers) > 1:
+        raise InvalidInputError(
+            f"{len(markers)} processor objects such as {type(next(iter(markers))).__name__} stand on one "
+            f"{type(model).__name__}; give one object to model.set_attn_processor. Loading an IP-adapter makes others, "
+            "without the settings: load it first, or use fastdiff.apply."
+        )
+    marker = markers.pop()
     with unmarked(model):
         marker.attach(model)
     return True
