@@ -31,8 +31,8 @@ class Rule:
             share of all between 0 and 1 for the first share, two shares (from, to) for what lies between them, a list
             of indices, or text with indices and ranges, both ends included: `"0-1, 5, -2--1"`. Negative ones count
             from the end. None for all.
-        steps: Denoising steps, likewise; shares are rounded to whole steps, and indices that a run lacks name nothing. A
-            config with steps of its own (agent) is dense in the others.
+        steps: Denoising steps, likewise; shares are rounded to whole steps, and indices that a run lacks name nothing.
+            A config with steps of its own (agent) is dense in the others.
 
     Raises:
         InvalidInputError: If one of them is out of range or of another kind, or names nothing.
