@@ -312,6 +312,17 @@ class TestSharedModels:
         with pytest.raises(InvalidInputError, match="different schedulers"):
             repaint(other)
 
+    def test_one_that_nobody_knows_is_told_of(self, caplog):
+        pipe = fastdiff.apply(tiny_sd_pipeline(levels=2, sample_size=32), NEAR, dense_steps=2)
+        other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        other.scheduler = diffusers.DDIMScheduler.from_config(other.scheduler.config)
+        with caplog.at_level(logging.WARNING, logger="fastdiff"):
+            picture(pipe)
+            assert "outside a denoising run" not in caplog.text
+            repaint(other)
+            repaint(other)
+        assert caplog.text.count("runs outside a denoising run") == 1
+
 
 def repaint(pipe, strength=0.5, steps=4):
     """An image-to-image run from a grey picture of 40x56 pixels."""

@@ -105,7 +105,7 @@ class Attachment:
         family: Family | None = None,
         tell: Callable[[nn.Module, Attachment, TokenLayout], None] | None = None,
     ):
-        self.tell = tell
+        self.tell, self._warned = tell, False
         self.family = family_of(model) if family is None else family
         self.planner, self.schedule, self.steps, self.settings = planner, schedule, steps, settings
         missing = planner.needs - self.family.supplies
@@ -183,6 +183,8 @@ class Attachment:
         self._check_lengths(layout)
         step, steps = self.steps.read(inputs.get("timestep"))
         self.steps_seen = steps or self.steps_seen
+        if step is None and self.schedule.uses_steps and not torch.is_grad_enabled():
+            self._warn_of_no_step(model)
         places = self.seen[layout] = self.seen.pop(layout, None) or self.places(getattr(model, "config", None), layout)
         if len(self.seen) > _SEEN_LIMIT:
             del self.seen[next(iter(self.seen))]
@@ -238,6 +240,16 @@ class Attachment:
             raise InvalidInputError(
                 f"layout= tells {layout.query_tokens} tokens and no self-attention call had so many; queries had "
                 f"{', '.join(map(str, lengths))}. Count all tokens of the call, text too."
+            )
+
+    def _warn_of_no_step(self, model: nn.Module) -> None:
+        """Warns once where a pipeline may be running whose scheduler we do not know."""
+        if not self._warned:
+            self._warned = True
+            _logger.warning(
+                "%s runs outside a denoising run of the pipelines that it was patched for, so the steps that are to "
+                "stay dense are not known. If another pipeline runs it, call fastdiff.apply on that one too.",
+                type(model).__name__,
             )
 
     def _draw_seed(self, latents: torch.Tensor, step: int | None) -> None:
