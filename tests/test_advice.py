@@ -154,6 +154,20 @@ def test_methods_that_want_training_say_so_once(told, config, line):
     assert not [text for text in told() if "fine-tun" in text]
 
 
+def test_rules_say_it_for_each_method(told):
+    rules = [
+        fastdiff.Rule("dense", layers="0"),
+        fastdiff.Rule(fastdiff.ClearConfig(2), layers="1"),
+        fastdiff.Rule(fastdiff.AgentConfig(4, steps=(0, 1))),
+    ]
+    model = fastdiff.apply(tiny_flux(layers=3), fastdiff.RulesConfig(rules))
+    assert [line.split(" in ")[0] for line in told()] == ["clear", "agent"]
+    with torch.no_grad():
+        model(**flux_inputs())
+    (line,) = told()
+    assert "so rules at density" in line
+
+
 @pytest.mark.parametrize("config", [fastdiff.AgentConfig(4), fastdiff.ClearConfig(2)], ids=str)
 def test_unets_do_without_training(told, config):
     fastdiff.apply(tiny_sd_pipeline(), config)
