@@ -1,11 +1,13 @@
 """Context parallelism over two processes with gloo: the same as in one, or refused."""
 
 import json
+import os
 import re
 
 import pytest
 import torch
 import torch.multiprocessing as processes
+from filelock import FileLock
 
 pytest.importorskip("diffusers.hooks.context_parallel")
 
@@ -23,8 +25,13 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ulysses")
-    processes.start_processes(ulysses_worker.work, (str(folder),), nprocs=2, start_method="spawn")
+    # Once for all workers of pytest-xdist, whose folders are neighbours.
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ulysses"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            processes.start_processes(ulysses_worker.work, (str(folder),), nprocs=2, start_method="spawn")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
