@@ -129,6 +129,7 @@ class TestKernels:
             (["models", "--model", "tiny"], "allowed are wan-14b"),
             (["models", "--density", "2"], "above 0"),
             (["nothing"], "nothing"),
+            ([], "Missing command; see fastdiff bench --help."),
         ],
     )
     def test_bad_input(self, fails, words, says):

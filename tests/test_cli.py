@@ -187,6 +187,8 @@ class TestBadInput:
             (["--dense-steps", "0,2"], "2 steps"),
             (["--method", "dense", "--dense-steps", "1"], "sparse method"),
             (["--method", "dense", "--config", "{}"], "sparse method"),
+            (["--method", "rules"], "rules from --config"),
+            (["--method", "rules", "--density", "0.5"], "rules from --config"),
             (["--device", "tpu"], "allowed are"),
             (["--dtype", "int4"], "allowed are"),
             (["--output", "x.avi"], ".mp4"),

@@ -48,6 +48,8 @@ class TestList:
             data = json.loads(json.dumps(preset.to_dict()))
             assert fastdiff.load_config(data["config"]) == preset.config
             assert DenseSchedule.from_dict(data["schedule"]) == preset.schedule
+            # The command line has no options for the rest of a schedule.
+            assert preset.schedule == DenseSchedule(preset.schedule.first_steps, preset.schedule.layers)
         text = str(named("radial-wan-2.1"))
         assert text.startswith("radial-wan-2.1: radial for wan (Wan2.1-T2V-14B, 18x48x80 tokens); decay_factor 0.2; ")
         assert "dense_steps 0.24; dense_layers 1; arXiv 2506.19852" in text

@@ -28,7 +28,8 @@ def exit_code(command: Callable[[], object]) -> int:
         _tell("interrupted; nothing was written.")
         return INTERRUPTED
     except UsageError as error:
-        _tell(error.format_message())
+        where = "fastdiff" if error.ctx is None else error.ctx.command_path
+        _tell(f"{error.format_message().rstrip('.')}; see {where} --help.")
         return USER_ERROR
     except _fastdiff_error() as error:
         _tell(str(error))

@@ -53,7 +53,7 @@ DenseLayers = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps. auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on cuda, else float32.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, and nothing else there.")]
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ def check_settings(method: str, config: str | None, density: float | None) -> No
         raise _invalid(f"--density is {density}; it must be above 0 and at most 1.")
     if method == "dense" and (config is not None or density is not None):
         raise _invalid("--config and --density go with a sparse method; --method is dense.")
+    if method == "rules" and config is None:
+        raise _invalid("--method rules takes its rules from --config: a JSON file, or JSON text.")
 
 
 def read_config(method: str, config: str | None) -> Any:
