@@ -1,4 +1,4 @@
-"""Sparse self-attention for diffusers pipelines (Wan, Flux and Stable Diffusion): `apply`, `remove`, `summary`.
+"""Sparse self-attention for diffusers pipelines: `apply`, `remove`, `summary`.
 
 Public names load on first use, so that `import fastdiff` needs neither diffusers nor triton.
 """

@@ -40,12 +40,13 @@ def fastest_dense(record: dict[str, Any], records: list[dict[str, Any]]) -> floa
 
 def models(architecture: Any, records: list[dict[str, Any]], missing: dict[str, str]) -> None:
     """One model: dense and by each method, eager and compiled, against diffusers as it comes."""
+    from fastdiff.bench.breakdown import PARTS
+
     title = f"{architecture.name}: {architecture.what}"
     if records:
         one = records[0]
         title += f", {one['tokens']} tokens, {one['layers']} layers, {one['layers_timed']} timed"
-    parts = ("attention", "linears", "element-wise", "reorder")
-    table = _table(title, "attention", "blocks", "density", "ms", "against default", "peak GiB", *parts, "plan ms")
+    table = _table(title, "attention", "blocks", "density", "ms", "against default", "peak GiB", *PARTS, "plan ms")
     for one in records:
         table.add_row(
             one["attention"],
@@ -54,7 +55,7 @@ def models(architecture: Any, records: list[dict[str, Any]], missing: dict[str, 
             f"{one['milliseconds']:.0f} ({one['spread']:.0f})",
             f"{records[0]['milliseconds'] / one['milliseconds']:.2f}x",
             f"{one['peak_gib']:.1f}",
-            *(f"{one['breakdown'][part]:.0f}" for part in parts),
+            *(f"{one['breakdown'][part]:.0f}" for part in PARTS),
             f"{one['plan_milliseconds']:.0f}" if one["plan_milliseconds"] is not None else "",
         )
     _show(table, missing)
