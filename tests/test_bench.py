@@ -15,7 +15,7 @@ from fastdiff.bench.models import ModelBench, depths, scaled
 from fastdiff.bench.published import Draw, wan_inputs
 from fastdiff.bench.truth import check_agents, check_gradients, check_output
 from fastdiff.commands import bench
-from fastdiff.methods import AgentConfig, NeighborhoodConfig, RadialConfig, build_plan
+from fastdiff.methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, build_plan
 from fastdiff_kernels import Grid, TokenLayout, agent_attention, attention, pool_cells
 from fastdiff_kernels.errors import WrongResultError
 
@@ -201,23 +201,24 @@ def test_names(config, name):
     assert kernels.name_of(config) == name
 
 
-def test_flex_slots_and_back():
-    plan = build_plan(RADIAL, TokenLayout.self_attention(GRID))
-    blocks = rivals.FlexBlocks.of(plan)
-    x = random_inputs()[0]
-    assert torch.equal(blocks.tokens(blocks.slots(x)), x)
-    # Every block of its mask, and no other, is one of the plan's.
-    kept = torch.zeros(plan.query_blocks, plan.key_blocks, dtype=torch.bool)
-    mask = blocks.mask
-    for counts, indices in (
-        (mask.kv_num_blocks, mask.kv_indices),
-        (mask.full_kv_num_blocks, mask.full_kv_indices),
-    ):
-        for row, count in enumerate(counts[0, 0].tolist()):
-            kept[row, indices[0, 0, row, :count].long()] = True
-    assert torch.equal(kept, plan.draw() > 0)
-    box = build_plan(NeighborhoodConfig((1, 3, 3), block_size=32), TokenLayout.self_attention(GRID))
-    assert rivals.FlexBlocks.of(box) is None
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "config",
+    [RADIAL, NeighborhoodConfig((1, 3, 3), block_size=32), ClearConfig(2, block_size=32), shapes.RandomParo(2, 0.5)],
+    ids=kernels.name_of,
+)
+def test_flex_on_the_blocks_of_a_plan(config, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    inputs = random_inputs(tokens=GRID.tokens + 9)
+    plan = config.build_plan(TokenLayout.self_attention(GRID, text_before=9))
+    blocks = rivals.FlexBlocks(plan)
+    slots = blocks.slots(*inputs)
+    assert all(torch.equal(x, back) for x, back in zip(inputs, blocks.tokens(*slots), strict=True))
+    # What a query of padding would add to a gradient.
+    (upstream,) = blocks.slots(torch.ones_like(inputs[0]))
+    assert int(upstream.count_nonzero()) == inputs[0].numel() < upstream.numel()
+    (out,) = blocks.tokens(blocks.attend(*slots))
+    torch.testing.assert_close(out, attention(*inputs, plan, backend="reference"), atol=1e-5, rtol=1e-4)
 
 
 class TestModels:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,9 +78,7 @@ class Bench:
 
     def _beside(self, plan: BlockPlan, name: str) -> None:
         """FlexAttention on the same blocks, and the reorder by itself."""
-        blocks = FlexBlocks.of(plan)
-        if blocks is not None:
-            self._guest(f"FlexAttention, {name}", lambda: self._flex(f"FlexAttention, {name}", plan, blocks))
+        self._guest(f"FlexAttention, {name}", lambda: self._flex(f"FlexAttention, {name}", plan))
         if self.shape.reorder:
             self._reorder(plan)
 
@@ -88,25 +86,27 @@ class Bench:
         check_output(self._what(kernel), self.inputs, attend(*self.inputs), plan)
         self._time(kernel, plan, "forward", lambda: attend(*self.inputs))
         if self.shape.backward:
-            self._backward(kernel, plan, attend, self.inputs, self.upstream, lambda x: x)
+            self._backward(kernel, plan, attend, self.inputs, self.upstream, lambda *grads: grads)
 
-    def _flex(self, kernel: str, plan: BlockPlan, blocks: FlexBlocks) -> None:
-        attend, inputs = blocks.attend(), [blocks.slots(x) for x in self.inputs]
-        check_output(self._what(kernel), self.inputs, blocks.tokens(attend(*inputs)), plan)
-        self._time(kernel, plan, "forward", lambda: attend(*inputs))
+    def _flex(self, kernel: str, plan: BlockPlan) -> None:
+        blocks = FlexBlocks(plan)
+        inputs = blocks.slots(*self.inputs)
+        (out,) = blocks.tokens(blocks.attend(*inputs))
+        check_output(self._what(kernel), self.inputs, out, plan)
+        self._time(kernel, plan, "forward", lambda: blocks.attend(*inputs))
         if self.shape.backward:
-            self._backward(kernel, plan, attend, inputs, blocks.slots(self.upstream), blocks.tokens)
+            (upstream,) = blocks.slots(self.upstream)
+            self._backward(kernel, plan, blocks.attend, inputs, upstream, blocks.tokens)
 
-    def _backward(self, kernel, plan, attend, inputs, upstream, tokens: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """The gradients alone; `tokens` brings them into the natural order, outside the timing."""
+    def _backward(self, kernel, plan, attend, inputs, upstream, tokens: Callable[..., Sequence[torch.Tensor]]) -> None:
+        """The gradients alone; `tokens` brings all three into the natural order, outside the timing."""
         inputs = [x.detach().requires_grad_() for x in inputs]
         out = attend(*inputs)
 
         def gradients():
             return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
 
-        found = [tokens(x) for x in gradients()]
-        check_gradients(self._what(kernel), self.inputs, self.upstream, found, plan)
+        check_gradients(self._what(kernel), self.inputs, self.upstream, tokens(*gradients()), plan)
         self._time(kernel, plan, "backward", gradients)
 
     def _agents(self, config: AgentConfig, plan: AgentPlan) -> None:

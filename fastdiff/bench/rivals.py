@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
-from fastdiff_kernels import BlockPlan, RuleKind
+from fastdiff_kernels import BlockPlan
+from fastdiff_kernels.export import flex_block_mask, from_slots, to_slots
 
 # q, k and v `[1, tokens, heads, head_dim]` to the output, of the same shape.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -57,55 +57,30 @@ def _only(backend: SDPBackend) -> Attend:
     return attend
 
 
-@dataclass(frozen=True, eq=False)
 class FlexBlocks:
-    """The blocks of a plan in FlexAttention, on tensors that stand in the plan's order already.
+    """FlexAttention on the blocks of a plan, compiled, of tensors that stand in the plan's order already.
 
-    Attributes:
-        order: The token of each slot, -1 for padding, int64 `[slots]`.
-        mask: The same blocks in FlexAttention's form.
+    Args:
+        plan: On the device of the tensors.
     """
 
-    order: torch.Tensor
-    mask: BlockMask
-
-    @classmethod
-    def of(cls, plan: BlockPlan) -> FlexBlocks | None:
-        """None where FlexAttention would need the plan's in-block rule, or lists and orders for each head."""
-        alike = torch.equal(plan.query.order, plan.key.order)
-        if plan.rule.kind != RuleKind.NONE or plan.heads is not None or not alike:
-            return None
-        order = plan.key.order[0].long()
-        exists = order >= 0
-
-        def key_exists(batch, head, query, key):
-            return exists[key]
-
-        lists = [part for blocks in (plan.partial, plan.full) for part in _padded(blocks, plan.key_blocks)]
-        sizes = {"BLOCK_SIZE": (plan.query.block, plan.key.block), "seq_lengths": (len(order),) * 2}
-        return cls(order, BlockMask.from_kv_blocks(*lists, mask_mod=key_exists, **sizes))
-
-    def attend(self) -> Attend:
-        """Compiled attention of tensors in slots, `[1, heads, slots, head_dim]`."""
+    def __init__(self, plan: BlockPlan):
+        mask = flex_block_mask(plan)
         compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda q, k, v: compiled(q, k, v, block_mask=self.mask)
+        self.attend = lambda q, k, v: compiled(q, k, v, block_mask=mask)
+        self._sides = plan.query, plan.key, plan.key
 
-    def slots(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens to slots, zero where there is padding: queries there must leave no trace in gradients."""
-        found = x.index_select(1, self.order.clamp(min=0)).masked_fill((self.order < 0)[:, None, None], 0)
-        return found.transpose(1, 2).contiguous()
+    def slots(self, *tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What belongs to q, to k and to v in the plan's order, `[1, heads, slots, head_dim]`, zero for padding.
 
-    def tokens(self, slots: torch.Tensor) -> torch.Tensor:
-        """Slots to tokens, `[1, tokens, heads, head_dim]`."""
-        exists = self.order >= 0
-        batch, heads, _, head_dim = slots.shape
-        result = slots.new_empty(batch, int(exists.sum()), heads, head_dim)
-        result[:, self.order[exists]] = slots.transpose(1, 2)[:, exists]
-        return result
+        Queries of padding must leave no trace in gradients.
+        """
+        found = []
+        for x, side in zip(tokens, self._sides, strict=False):
+            padding = (side.order < 0).t()[None, :, :, None]
+            found.append(to_slots(x, side).masked_fill(padding, 0).transpose(1, 2).contiguous())
+        return found
 
-
-def _padded(blocks, key_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block list as FlexAttention takes it: counts `[1, 1, rows]`, indices `[1, 1, rows, key blocks]`."""
-    mask = blocks.mask(key_blocks)[0]
-    indices = mask.int().argsort(dim=1, descending=True, stable=True)
-    return mask.sum(1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None]
+    def tokens(self, *slots: torch.Tensor) -> list[torch.Tensor]:
+        """The same back, `[1, tokens, heads, head_dim]`."""
+        return [from_slots(x.transpose(1, 2), side) for x, side in zip(slots, self._sides, strict=False)]
