@@ -53,7 +53,7 @@ def test_the_layout_by_perturbation(name, grid, shows):
     family, inputs = families.family_of(model), case.arguments(*grid)
     whole = family.layout(model.config, inputs)
     assert whole.grid == Grid(*grid)
-    is_unet = family.latents == "sample"
+    is_unet = family.levels
     before = values(model, inputs)
     # Of the pixels of a UNet, those with multiples of 4 for row and column are there on all levels.
     last = [(size - 1) // 4 * 4 if is_unet and axis else size - 1 for axis, size in enumerate(grid)]

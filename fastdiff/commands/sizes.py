@@ -155,7 +155,7 @@ def finest_layer(pipe: Any, grid: Grid, text: int) -> LayerShape:
     """
     from fastdiff_kernels import TokenLayout
     from fastdiff_patches.families import family_of
-    from fastdiff_patches.locate import self_attention, unwrap
+    from fastdiff_patches.locate import heads_of, self_attention, unwrap
 
     model = unwrap(core(pipe))
     family = family_of(model)
@@ -163,7 +163,7 @@ def finest_layer(pipe: Any, grid: Grid, text: int) -> LayerShape:
     modules = self_attention(model, family)
     layouts = [family.at(model.config, whole, name) for name in modules]
     index = max(range(len(layouts)), key=lambda i: (layouts[i].query_tokens, -i))
-    return LayerShape(layouts[index], index, *family.heads(list(modules.values())[index]))
+    return LayerShape(layouts[index], index, *heads_of(list(modules.values())[index]))
 
 
 def check_room_for(pipe: Any, job: Job) -> None:

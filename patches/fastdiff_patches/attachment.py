@@ -16,7 +16,7 @@ from fastdiff_kernels import InvalidInputError, TokenLayout, UnsupportedError
 
 from . import needs, seam
 from .families import Family, family_of
-from .locate import self_attention, unwrap
+from .locate import heads_of, self_attention, unwrap
 from .planner import Plan, Planner, Schedule
 from .processor import Layer
 from .steps import StepReader
@@ -124,7 +124,7 @@ class Attachment:
         before = {b.module: b.original for b in current.bindings if b.stands()} if current is not None else {}
         self.bindings: list[Binding] = []
         for index, (name, module) in enumerate(modules.items()):
-            layer = Layer(index, name, *self.family.heads(module), planner, backend, self.family)
+            layer = Layer(index, name, *heads_of(module), planner, backend, self.family)
             original = before.get(module, seam.stock(module.processor))
             adopted = seam.adopt(self.family.processor(original), layer)
             self.bindings.append(Binding(name, module, original, adopted, layer))

@@ -48,14 +48,33 @@ def self_attention(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     found = {
         name: module
         for name, module in named
-        if family.modules.fullmatch(name)
+        if name
+        and (family.by_length or family.modules.fullmatch(name))
         and hasattr(module, "processor")
         and not getattr(module, "is_cross_attention", False)
     }
     if not found:
+        like = "" if family.by_length else f" named like {family.modules.pattern!r}"
         raise UnsupportedError(
-            f"this {type(model).__name__} has no module named like {family.modules.pattern!r} that has an attention "
-            f"processor and is no cross-attention; family {family.name!r} does not describe it. Say with modules= "
-            "which are its self-attention modules, or correct its row in fastdiff_patches.families."
+            f"this {type(model).__name__} has no module{like} that has an attention processor and is no "
+            f"cross-attention; family {family.name!r} does not describe it. Say with modules= which are its "
+            "self-attention modules, or correct its row in fastdiff_patches.families."
         )
     return found
+
+
+def heads_of(attention: nn.Module) -> tuple[int, int]:
+    """(heads, head_dim) of an attention module.
+
+    Raises:
+        UnsupportedError: If it does not tell them as diffusers' attention modules do.
+    """
+    heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
+    projection = getattr(attention, "to_q", None) or getattr(attention, "to_query", None)
+    width = getattr(attention, "inner_dim", None) or getattr(projection, "out_features", None)
+    if heads is None or width is None:
+        raise UnsupportedError(
+            f"{type(attention).__name__} does not tell its heads and their size: attributes heads and inner_dim, as "
+            "diffusers' attention modules have them, are missing. Leave it out with modules=."
+        )
+    return heads, width // heads

@@ -17,13 +17,14 @@ _SEED_VALUES = 4096
 
 
 class KeepOutput:
-    """Forward hook of a query norm: keeps its output, or a copy, for the attention call that it runs in."""
+    """Forward hook of a query norm: keeps its output for the attention call that it runs in."""
 
-    def __init__(self, name: str, copies: bool):
-        self.name, self.copies = name, copies
+    def __init__(self, name: str):
+        self.name = name
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        keep(self.name, output.clone() if self.copies else output)
+        # Some processors write RoPE into it.
+        keep(self.name, output.clone())
 
 
 class KeepInput:
@@ -48,8 +49,7 @@ def install(model: nn.Module, attention: nn.Module, layer: Layer) -> list[torch.
     handles = []
     if "pre_rope_query" in layer.needs:
         norms = ((name, getattr(attention, name, None)) for name in layer.family.query_norms)
-        keepers = ((norm, KeepOutput(name, layer.family.overwrites_query)) for name, norm in norms if norm is not None)
-        handles += [norm.register_forward_hook(keeper) for norm, keeper in keepers]
+        handles += [norm.register_forward_hook(KeepOutput(name)) for name, norm in norms if norm is not None]
     if "block_input" in layer.needs:
         block = next(parent for parent in model.modules() if attention in parent.children())
         handles.append(block.register_forward_pre_hook(KeepInput(layer), with_kwargs=True))

@@ -60,10 +60,10 @@ def family_of(
             "text in the same sequence. Described, and classes derived from them too, are "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    if family is None:
-        family = Family(
-            type(model).__name__, re.compile(".+"), None, heads=_told_heads, latents=None, by_length=modules is None
-        )
+    if told is not None:
+        layout = functools.partial(_checked, told)
+        known = family or Family(type(model).__name__, None, layout, latents=None)
+        family = dataclasses.replace(known, layout=layout)
     if modules is not None:
         try:
             family = dataclasses.replace(family, modules=re.compile(modules))
@@ -72,18 +72,7 @@ def family_of(
                 f"modules is {modules!r}, which is no regular expression ({error}); write one that matches the full "
                 "names of the self-attention modules."
             ) from None
-    return family if told is None else dataclasses.replace(family, whole=functools.partial(_checked, told))
-
-
-def _told_heads(attention: nn.Module) -> tuple[int, int]:
-    heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
-    width = getattr(attention, "inner_dim", None) or getattr(getattr(attention, "to_q", None), "out_features", None)
-    if heads is None or width is None:
-        raise UnsupportedError(
-            f"{type(attention).__name__} does not tell its heads and their size: attributes heads and inner_dim, as "
-            "diffusers' attention modules have them, are missing. Leave it out with modules=."
-        )
-    return heads, width // heads
+    return family
 
 
 def _checked(told: Callable[[Mapping[str, Any]], TokenLayout], config: Any, inputs: Mapping[str, Any]) -> TokenLayout:

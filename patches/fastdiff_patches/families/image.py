@@ -10,45 +10,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastdiff_kernels import Grid, InvalidInputError, Span, UnsupportedError
+from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
 
 from ..image_ids import image_spans
 from ..planner import NEEDS
-from .base import Family, Table, given, patch_of
-from .image_text import interleaved, shared_table, text_before, text_tokens
-
-# Their blocks take text and picture apart, or one behind the other.
-_SUPPLIES = frozenset(NEEDS) - {"block_input"}
+from .base import APART, Family, Table, around, patch_of
+from .reading import given, interleaved, packed_tokens, shared_table, text_before, text_tokens
 
 
-def _packed(inputs: Mapping[str, Any]) -> torch.Tensor:
-    packed = inputs.get("hidden_states")
-    if packed is None or packed.ndim != 3:
-        raise InvalidInputError(
-            f"hidden_states is {given(packed)}; this model takes packed latents [batch, tokens, channels]. Pack them "
-            "as its pipeline does (FluxPipeline makes a token of 2x2 pixels)."
-        )
-    return packed
-
-
-def _spans(inputs: Mapping[str, Any], picture: int) -> tuple[Span, ...]:
-    tokens, ids = _packed(inputs).shape[1], inputs.get("img_ids")
+def _flux(config: Any, inputs: Mapping[str, Any], picture: int = 0) -> TokenLayout:
+    tokens, ids = packed_tokens(inputs), inputs.get("img_ids")
     if ids is None or ids.ndim not in (2, 3) or ids.shape[-1] < 3 or ids.shape[-2] != tokens:
         raise InvalidInputError(
             f"img_ids is {given(ids)}; the grid is read from the positions of the {tokens} image tokens, "
             f"[{tokens}, 3 or more]."
         )
-    return image_spans(ids, picture)
-
-
-def _grid(config: Any, inputs: Mapping[str, Any], picture: int = 0) -> Grid:
-    return _spans(inputs, picture)[0].grid
-
-
-def _references(config: Any, inputs: Mapping[str, Any], picture: int = 0) -> tuple[Span, ...]:
-    return _spans(inputs, picture)[1:]
+    picture_span, *references = image_spans(ids, picture)
+    return around(picture_span.grid, text_before(config, inputs), tuple(references))
 
 
 def _two_by_two(config: Any) -> tuple[int, int, int]:
@@ -58,25 +37,23 @@ def _two_by_two(config: Any) -> tuple[int, int, int]:
 _FLUX = Family(
     "flux",
     re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
-    _grid,
-    text=text_before,
-    references=_references,
+    _flux,
     patch=_two_by_two,
     usual_text=(512, 0),
-    supplies=_SUPPLIES,
+    supplies=APART,
     query_norms=("norm_added_q", "norm_q"),
     rotary=shared_table,
 )
 
 
-def _flux2_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _flux2(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     if inputs.get("kv_cache_mode") is not None:
         raise UnsupportedError(
             f"kv_cache_mode is {inputs['kv_cache_mode']!r}: keys of reference images are kept beside the sequence, "
             "which sparse attention does not know. Use a pipeline that appends references (Flux2KleinPipeline), or "
             "call fastdiff.remove."
         )
-    return _grid(config, inputs)
+    return _flux(config, inputs)
 
 
 def _chroma_mask(mask: Any) -> Any:
@@ -91,48 +68,28 @@ def _chroma_mask(mask: Any) -> Any:
 
 
 _CHROMA = replace(_FLUX, name="chroma", mask=_chroma_mask)
-_FLUX2 = replace(_FLUX, name="flux2", grid=_flux2_grid)
+_FLUX2 = replace(_FLUX, name="flux2", layout=_flux2)
 # Text is image 0 there.
-_LONGCAT = replace(
-    _FLUX, name="longcat-image", grid=partial(_grid, picture=1), references=partial(_references, picture=1)
-)
+_LONGCAT = replace(_FLUX, name="longcat-image", layout=partial(_flux, picture=1))
 
 
-def _krea_spans(inputs: Mapping[str, Any]) -> tuple[Span, ...]:
-    text, image, ids = text_tokens(inputs, ndim=4), _packed(inputs).shape[1], inputs.get("position_ids")
+def _krea(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    text, image, ids = text_tokens(inputs, ndim=4), packed_tokens(inputs), inputs.get("position_ids")
     if ids is None or ids.shape != (text + image, 3):
         raise InvalidInputError(
             f"position_ids is {given(ids)}; the grid is read from the positions of {text} text and {image} image "
             f"tokens, [{text + image}, 3]."
         )
-    return image_spans(ids, text=text)
-
-
-def _krea_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    return _krea_spans(inputs)[0].grid
-
-
-def _krea_references(config: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
-    return _krea_spans(inputs)[1:]
-
-
-def _krea_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    return text_tokens(inputs, ndim=4), 0
-
-
-def _krea_heads(attention: nn.Module) -> tuple[int, int]:
-    return attention.num_heads, attention.head_dim
+    picture, *references = image_spans(ids, text=text)
+    return around(picture.grid, (text, 0), tuple(references))
 
 
 _KREA2 = Family(
     "krea2",
     re.compile(r"transformer_blocks\.\d+\.attn"),
-    _krea_grid,
-    text=_krea_text,
-    references=_krea_references,
+    _krea,
     patch=_two_by_two,
     usual_text=(512, 0),
-    heads=_krea_heads,
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
     rotary=shared_table,
@@ -141,7 +98,7 @@ _KREA2 = Family(
 
 def _qwen_images(inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """(frames, height, width) of each image in the sequence."""
-    tokens, shapes = _packed(inputs).shape[1], inputs.get("img_shapes")
+    tokens, shapes = packed_tokens(inputs), inputs.get("img_shapes")
     samples = [[sample] if isinstance(sample[0], int) else list(sample) for sample in shapes or ()]
     if not samples or any(sample != samples[0] for sample in samples):
         raise InvalidInputError(
@@ -153,23 +110,15 @@ def _qwen_images(inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return [tuple(image) for image in samples[0]]
 
 
-def _qwen_pictures(config: Any, inputs: Mapping[str, Any]) -> int:
-    # The layered model draws all images but the last.
+def _qwen(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     images = _qwen_images(inputs)
-    return len(images) - 1 if getattr(config, "use_layer3d_rope", False) else 1
-
-
-def _qwen_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    pictures = _qwen_images(inputs)[: _qwen_pictures(config, inputs)]
-    if any(picture != pictures[0] for picture in pictures):
-        raise InvalidInputError(f"img_shapes gives layers of sizes {pictures}; layers must have one size.")
-    frames, height, width = pictures[0]
-    return Grid(len(pictures) * frames, height, width)
-
-
-def _qwen_references(config: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
-    images = _qwen_images(inputs)[_qwen_pictures(config, inputs) :]
-    return tuple(Span("reference", math.prod(image)) for image in images)
+    # The layered model draws all images but the last.
+    drawn = max(len(images) - 1, 1) if getattr(config, "use_layer3d_rope", False) else 1
+    if any(image != images[0] for image in images[:drawn]):
+        raise InvalidInputError(f"img_shapes gives layers of sizes {images[:drawn]}; layers must have one size.")
+    frames, height, width = images[0]
+    references = tuple(Span("reference", math.prod(image)) for image in images[drawn:])
+    return around(Grid(drawn * frames, height, width), text_before(config, inputs), references)
 
 
 def _qwen_rotary(arguments: Mapping[str, Any]) -> Table | None:
@@ -180,11 +129,9 @@ def _qwen_rotary(arguments: Mapping[str, Any]) -> Table | None:
 _QWEN = Family(
     "qwen-image",
     re.compile(r"transformer_blocks\.\d+\.attn"),
-    _qwen_grid,
-    text=text_before,
-    references=_qwen_references,
+    _qwen,
     usual_text=(512, 0),
-    supplies=_SUPPLIES,
+    supplies=APART,
     query_norms=("norm_added_q", "norm_q"),
     rotary=_qwen_rotary,
 )

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastdiff_kernels import Grid, InvalidInputError, TokenLayout, UnsupportedError
+from fastdiff_kernels import Grid, TokenLayout, UnsupportedError
 
 from ..planner import NEEDS
-from .base import Family, Table, given
-from .image_text import shared_table, text_after, text_before, text_tokens, unturned_behind
+from .base import APART, Family, reads
+from .reading import latent_sizes, patched, shared_table, table_before_text, text_after, text_before, text_tokens
 
-# Their blocks take text and picture apart.
-APART = frozenset(NEEDS) - {"block_input"}
 _FIRST = r"transformer_blocks\.\d+\.attn1"
 
 
@@ -24,16 +22,9 @@ def latent_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     Raises:
         InvalidInputError: If the forward is not given any.
     """
-    patch = config.patch_size
-    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    latents = inputs.get("hidden_states")
-    if latents is None or latents.ndim != 2 + len(patch):
-        sizes = ", ".join(("frames", "height", "width")[-len(patch) :])
-        raise InvalidInputError(
-            f"hidden_states is {given(latents)}; the grid is read from latents [batch, channels, {sizes}]."
-        )
-    sizes = [size // each for size, each in zip(latents.shape[2:], patch, strict=True)]
-    return Grid(*[1] * (3 - len(sizes)), *sizes)
+    has_frames = not isinstance(config.patch_size, int) and len(config.patch_size) == 3
+    axes = "batch, channels, frames, height, width" if has_frames else "batch, channels, height, width"
+    return patched(config, latent_sizes(inputs, axes))
 
 
 def _sd3_at(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
@@ -44,20 +35,19 @@ def _sd3_at(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
 _SD3 = Family(
     "sd3",
     re.compile(r"transformer_blocks\.\d+\.attn2?"),
-    latent_grid,
-    text=text_after,
+    reads(latent_grid, text_after),
     at=_sd3_at,
     usual_text=(0, 333),
     supplies=APART,
 )
 
-_PIXART = Family("pixart", re.compile(_FIRST), latent_grid, supplies=frozenset(NEEDS))
+_PIXART = Family("pixart", re.compile(_FIRST), reads(latent_grid), supplies=frozenset(NEEDS))
 
-_COGVIEW3 = Family("cogview3", re.compile(_FIRST), latent_grid, text=text_before, usual_text=(224, 0), supplies=APART)
+_COGVIEW3 = Family("cogview3", re.compile(_FIRST), reads(latent_grid, text_before), usual_text=(224, 0), supplies=APART)
 
 # Its RoPE pairs the halves of a head and no neighbours.
 _COGVIEW4 = Family(
-    "cogview4", re.compile(_FIRST), latent_grid, text=text_before, usual_text=(1024, 0), supplies=frozenset({"seed"})
+    "cogview4", re.compile(_FIRST), reads(latent_grid, text_before), usual_text=(1024, 0), supplies=frozenset({"seed"})
 )
 
 
@@ -72,7 +62,7 @@ def _glm_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
 
 
 # Like CogView 4.
-_GLM_IMAGE = replace(_COGVIEW4, name="glm-image", grid=_glm_grid)
+_GLM_IMAGE = replace(_COGVIEW4, name="glm-image", layout=reads(_glm_grid, text_before))
 
 
 def _ernie_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -83,15 +73,14 @@ def _ernie_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
 _ERNIE_IMAGE = Family(
     "ernie-image",
     re.compile(r"layers\.\d+\.self_attention"),
-    latent_grid,
-    text=_ernie_text,
+    reads(latent_grid, _ernie_text),
     supplies=frozenset({"seed"}),
 )
 
 _HUNYUAN_DIT = Family(
     "hunyuan-dit",
     re.compile(r"blocks\.\d+\.attn1"),
-    latent_grid,
+    reads(latent_grid),
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
     heads_first=True,
@@ -108,8 +97,7 @@ def _aura_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
 _AURA_FLOW = Family(
     "aura-flow",
     re.compile(r"(joint|single)_transformer_blocks\.\d+\.attn"),
-    latent_grid,
-    text=_aura_text,
+    reads(latent_grid, _aura_text),
     usual_text=(_REGISTERS + 256, 0),
     supplies=APART,
 )
@@ -122,20 +110,14 @@ def _hunyuan_image_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, in
     return 0, tokens
 
 
-def _hunyuan_image_rotary(arguments: Mapping[str, Any]) -> Table | None:
-    table, text = arguments.get("image_rotary_emb"), arguments.get("encoder_hidden_states")
-    return None if table is None else unturned_behind(table, text.shape[1])
-
-
 _HUNYUAN_IMAGE = Family(
     "hunyuan-image",
     re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
-    latent_grid,
-    text=_hunyuan_image_text,
+    reads(latent_grid, _hunyuan_image_text),
     usual_text=(0, 1128),
     supplies=APART,
     query_norms=("norm_q", "norm_added_q"),
-    rotary=_hunyuan_image_rotary,
+    rotary=table_before_text,
 )
 
 

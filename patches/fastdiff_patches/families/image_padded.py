@@ -9,17 +9,12 @@ from typing import Any
 
 import torch
 
-from fastdiff_kernels import Grid, InvalidInputError, Span, UnsupportedError
+from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
 
-from ..contents import read_once
 from ..planner import NEEDS
-from .base import Family, Table, given
-from .image_latents import APART, latent_grid
-from .image_text import interleaved, text_tokens
-
-
-def _valid(mask: torch.Tensor) -> list[int]:
-    return mask.sum(1).tolist()
+from .base import APART, Family, Table, around, reads
+from .image_latents import latent_grid
+from .reading import given, interleaved, lengths, text_tokens
 
 
 def _lumina2_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -29,13 +24,13 @@ def _lumina2_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
             f"encoder_attention_mask is {given(mask)}; the text before the image is as long as it says, "
             "[batch, tokens]."
         )
-    lengths = sorted(set(read_once(mask, _valid)))
-    if len(lengths) > 1:
+    found = sorted(set(lengths(mask)))
+    if len(found) > 1:
         raise UnsupportedError(
-            f"prompts of {', '.join(map(str, lengths))} tokens are in one batch; this model puts each picture right "
+            f"prompts of {', '.join(map(str, found))} tokens are in one batch; this model puts each picture right "
             "behind its own text, so that they stand in different places. Run them one by one, or pad them alike."
         )
-    return int(lengths[0]), 0
+    return found[0], 0
 
 
 def _shared_rotary(turns: torch.Tensor, mask: torch.Tensor | None) -> Table:
@@ -56,8 +51,7 @@ def _lumina2_rotary(arguments: Mapping[str, Any]) -> Table | None:
 _LUMINA2 = Family(
     "lumina2",
     re.compile(r"layers\.\d+\.attn"),
-    latent_grid,
-    text=_lumina2_text,
+    reads(latent_grid, _lumina2_text),
     usual_text=(256, 0),
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
@@ -109,8 +103,7 @@ def _z_image_rotary(arguments: Mapping[str, Any]) -> Table | None:
 _Z_IMAGE = Family(
     "z-image",
     re.compile(r"layers\.\d+\.attention"),
-    _z_image_grid,
-    text=_z_image_text,
+    reads(_z_image_grid, _z_image_text),
     patch=_z_image_patch,
     usual_text=(0, 512),
     latents="x",
@@ -120,15 +113,7 @@ _Z_IMAGE = Family(
 )
 
 
-def _hidream_padding(config: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
-    grid = latent_grid(config, inputs)
-    longest = math.prod(config.max_resolution) // config.patch_size**2
-    # Pictures that are no squares are padded with tokens that all see, with keys of zero.
-    height, width = inputs["hidden_states"].shape[2:]
-    return () if height == width or grid.tokens == longest else (Span("reference", longest - grid.tokens),)
-
-
-def _hidream_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
+def _hidream_text(inputs: Mapping[str, Any]) -> int:
     # The last layer of Llama stands behind T5, and each block appends a layer of its own.
     llama = inputs.get("encoder_hidden_states_llama3")
     if llama is None or not len(llama) or llama[0].ndim != 3:
@@ -136,7 +121,17 @@ def _hidream_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
             f"encoder_hidden_states_llama3 is {given(llama)}; the text behind the image comes as layers of [batch, "
             "tokens, channels]."
         )
-    return 0, text_tokens(inputs, "encoder_hidden_states_t5") + 2 * llama[0].shape[1]
+    return text_tokens(inputs, "encoder_hidden_states_t5") + 2 * llama[0].shape[1]
+
+
+def _hidream(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    grid = latent_grid(config, inputs)
+    longest = math.prod(config.max_resolution) // config.patch_size**2
+    # Pictures that are no squares are padded with tokens that all see, with keys of zero.
+    height, width = inputs["hidden_states"].shape[2:]
+    padded = height != width and grid.tokens != longest
+    padding = (Span("reference", longest - grid.tokens),) if padded else ()
+    return around(grid, (0, _hidream_text(inputs)), padding)
 
 
 def _hidream_rotary(arguments: Mapping[str, Any]) -> Table | None:
@@ -150,9 +145,7 @@ def _hidream_rotary(arguments: Mapping[str, Any]) -> Table | None:
 _HIDREAM = Family(
     "hidream",
     re.compile(r"(double|single)_stream_blocks\.\d+\.block\.attn1"),
-    latent_grid,
-    text=_hidream_text,
-    references=_hidream_padding,
+    _hidream,
     usual_text=(0, 384),
     supplies=APART,
     query_norms=("q_rms_norm", "q_rms_norm_t"),

@@ -7,28 +7,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastdiff_kernels import Grid, InvalidInputError, TokenLayout
+from fastdiff_kernels import Grid, TokenLayout
 
 from ..planner import NEEDS
-from .base import Family, given
+from .base import Family, reads
+from .reading import latent_sizes
 
 
 def _picture(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    sample = inputs.get("sample")
-    if sample is None or sample.ndim != 4:
-        raise InvalidInputError(
-            f"sample is {given(sample)}; the grid is read from latents [batch, channels, height, width]."
-        )
-    return Grid(1, *sample.shape[2:])
+    return Grid(*latent_sizes(inputs, "batch, channels, height, width", "sample"))
 
 
 def _frames(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    sample = inputs.get("sample")
-    if sample is None or sample.ndim != 5:
-        raise InvalidInputError(
-            f"sample is {given(sample)}; the grid is read from latents [batch, channels, frames, height, width]."
-        )
-    return Grid(*sample.shape[2:])
+    return Grid(*latent_sizes(inputs, "batch, channels, frames, height, width", "sample"))
 
 
 def _unet_level(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
@@ -47,7 +38,7 @@ def _unet_level(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
 _UNET = Family(
     "unet",
     re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.transformer_blocks\.\d+\.attn1"),
-    _picture,
+    reads(_picture),
     at=_unet_level,
     levels=True,
     latents="sample",
@@ -58,5 +49,5 @@ _UNET = Family(
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": _UNET,
     # AnimateDiff: its motion modules attend over the frames of one place, which costs next to nothing, and stay dense.
-    "UNetMotionModel": replace(_UNET, name="unet-motion", grid=_frames),
+    "UNetMotionModel": replace(_UNET, name="unet-motion", layout=reads(_frames)),
 }

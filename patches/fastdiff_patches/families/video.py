@@ -7,22 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError
 
 from ..planner import NEEDS
 from ..video_coords import video_spans
-from .base import Family, Table, given, patch_of
+from .base import Family, Table, reads
+from .reading import latent_sizes, packed_tokens, patched
 
 
 def video_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    video = inputs.get("hidden_states")
-    if video is None or video.ndim != 5:
-        raise InvalidInputError(
-            f"hidden_states is {given(video)}; the grid is read from latents [batch, channels, frames, height, width]."
-        )
-    return Grid(*(size // patch for size, patch in zip(video.shape[2:], patch_of(config), strict=True)))
+    return patched(config, latent_sizes(inputs, "batch, channels, frames, height, width"))
 
 
 def _wan_rotary(arguments: Mapping[str, Any]) -> Table | None:
@@ -33,7 +27,7 @@ def _wan_rotary(arguments: Mapping[str, Any]) -> Table | None:
 _WAN = Family(
     "wan",
     re.compile(r"blocks\.\d+\.attn1"),
-    video_grid,
+    reads(video_grid),
     frames=True,
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
@@ -61,7 +55,7 @@ def _skyreels(config: Any, inputs: Mapping[str, Any]) -> Grid:
 _COSMOS = Family(
     "cosmos",
     re.compile(r"transformer_blocks\.\d+\.attn1"),
-    video_grid,
+    reads(video_grid),
     frames=True,
     # Their RoPE turns halves of the channels and no pairs of neighbours.
     supplies=frozenset({"block_input", "seed"}),
@@ -76,25 +70,16 @@ def _frame(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
 _LATTE = replace(_COSMOS, name="latte", at=_frame, frames=False, supplies=frozenset(NEEDS))
 
 
-def _packed(inputs: Mapping[str, Any]) -> int:
-    packed = inputs.get("hidden_states")
-    if packed is None or packed.ndim != 3:
-        raise InvalidInputError(
-            f"hidden_states is {given(packed)}; this model takes packed latents [batch, tokens, channels]."
-        )
-    return packed.shape[1]
-
-
 def _sizes(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
     if None in sizes:
         return None
-    return Grid(*(size // step for size, step in zip(sizes, patch_of(config), strict=True)))
+    return patched(config, tuple(sizes))
 
 
 def _ltx(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     """The sizes tell, or where clips condition the video the coordinates."""
-    tokens, grid, coordinates = _packed(inputs), _sizes(config, inputs), inputs.get("video_coords")
+    tokens, grid, coordinates = packed_tokens(inputs), _sizes(config, inputs), inputs.get("video_coords")
     if grid is not None and (grid.tokens == tokens or coordinates is None):
         spans = (Span("grid", grid.tokens, grid),)
     elif coordinates is not None:
@@ -108,7 +93,7 @@ def _ltx(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
 
 def _ltx2(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     """Keyframes and references stand behind the video."""
-    tokens, grid = _packed(inputs), _sizes(config, inputs)
+    tokens, grid = packed_tokens(inputs), _sizes(config, inputs)
     if grid is None:
         raise InvalidInputError("num_frames, height or width is missing; the grid is read from these latent sizes.")
     behind = tokens - grid.tokens
@@ -128,8 +113,7 @@ def _checked(spans: tuple[Span, ...], tokens: int) -> TokenLayout:
 _LTX = Family(
     "ltx",
     re.compile(r"transformer_blocks\.\d+\.attn1"),
-    None,
-    whole=_ltx,
+    _ltx,
     frames=True,
     # Each head has RoPE of its own.
     supplies=frozenset(NEEDS) - {"rotary"},
@@ -143,24 +127,14 @@ def _kandinsky5(config: Any, inputs: Mapping[str, Any]) -> Grid:
             "this Kandinsky 5 is sparse already (attention_type is 'nabla'), with its tokens in another order. Take a "
             "checkpoint that is not, or call fastdiff.remove(pipe)."
         )
-    video = inputs.get("hidden_states")
-    if video is None or video.ndim != 5:
-        raise InvalidInputError(
-            f"hidden_states is {given(video)}; the grid is read from latents [batch, frames, height, width, channels]."
-        )
-    return Grid(*(size // step for size, step in zip(video.shape[1:4], patch_of(config), strict=True)))
-
-
-def _kandinsky5_heads(attention: nn.Module) -> tuple[int, int]:
-    return attention.num_heads, attention.to_query.out_features // attention.num_heads
+    return patched(config, latent_sizes(inputs, "batch, frames, height, width, channels"))
 
 
 _KANDINSKY5 = Family(
     "kandinsky-5",
     re.compile(r"visual_transformer_blocks\.\d+\.self_attention"),
-    _kandinsky5,
+    reads(_kandinsky5),
     frames=True,
-    heads=_kandinsky5_heads,
     supplies=frozenset({"block_input", "seed"}),
 )
 
@@ -170,11 +144,11 @@ FAMILIES: dict[str, Family] = {
     "WanVACETransformer3DModel": _VACE,
     "WanAnimateTransformer3DModel": _WAN,
     "ChronoEditTransformer3DModel": _WAN,
-    "SkyReelsV2Transformer3DModel": replace(_WAN, name="skyreels-v2", grid=_skyreels),
+    "SkyReelsV2Transformer3DModel": replace(_WAN, name="skyreels-v2", layout=reads(_skyreels)),
     "CosmosTransformer3DModel": _COSMOS,
     "AllegroTransformer3DModel": replace(_COSMOS, name="allegro"),
     "LatteTransformer3DModel": _LATTE,
     "LTXVideoTransformer3DModel": _LTX,
-    "LTX2VideoTransformer3DModel": replace(_LTX, name="ltx-2", whole=_ltx2),
+    "LTX2VideoTransformer3DModel": replace(_LTX, name="ltx-2", layout=_ltx2),
     "Kandinsky5Transformer3DModel": _KANDINSKY5,
 }

@@ -9,62 +9,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout
+from fastdiff_kernels import Grid, Span, TokenLayout
 
 from ..contents import read_once
-from ..planner import NEEDS
-from .base import Family, Table, given, patch_of
+from .base import APART, Family, patch_of, reads
+from .reading import latent_sizes, lengths, table_before_text, table_behind_text, text_after, text_before, text_tokens
 from .video import video_grid
 
 # Lengths of text are rounded up to a multiple, so that not every prompt has a plan of its own.
 _TEXT_STEP = 64
 
-
-def _text(inputs: Mapping[str, Any], name: str = "encoder_hidden_states") -> int:
-    text = inputs.get(name)
-    if text is None or text.ndim != 3:
-        raise InvalidInputError(
-            f"{name} is {given(text)}; the text stands in the same sequence as the video, [batch, tokens, channels]."
-        )
-    return text.shape[1]
-
-
-def _text_behind(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    return 0, _text(inputs)
-
-
-def _rotary_before_text(arguments: Mapping[str, Any]) -> Table | None:
-    return _rotary(arguments, before=0, behind=1)
-
-
-def _rotary_behind_text(arguments: Mapping[str, Any]) -> Table | None:
-    return _rotary(arguments, before=1, behind=0)
-
-
-def _rotary(arguments: Mapping[str, Any], before: int, behind: int) -> Table | None:
-    """The table of the video, and beside it that of text, which is not turned."""
-    table, text = arguments.get("image_rotary_emb"), arguments.get("encoder_hidden_states")
-    if table is None:
-        return None
-    rows = 0 if text is None else text.shape[1]
-    cos, sin = table
-    around = (0, 0, before * rows, behind * rows)
-    return F.pad(cos, around, value=1.0), F.pad(sin, around)
-
-
 _HUNYUAN = Family(
     "hunyuan-video",
     re.compile(r"(single_)?transformer_blocks\.\d+\.attn"),
-    video_grid,
+    reads(video_grid, text_after),
     frames=True,
-    text=_text_behind,
     usual_text=(0, 256),
-    # Its blocks take text and video apart.
-    supplies=frozenset(NEEDS) - {"block_input"},
+    supplies=APART,
     query_norms=("norm_q", "norm_added_q"),
-    rotary=_rotary_before_text,
+    rotary=table_before_text,
 )
 
 
@@ -77,14 +41,14 @@ def _framepack(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
         if past is not None:
             sizes = zip(past.shape[2:], patch, strict=True)
             history.append(Span("reference", math.prod(-(-size // (coarse * step)) for size, step in sizes)))
-    text = Span("text", _text(inputs, "image_embeds") + _text(inputs))
+    text = Span("text", text_tokens(inputs, "image_embeds") + text_tokens(inputs))
     spans = (*history, Span("grid", grid.tokens, grid), text)
     return TokenLayout(spans, spans)
 
 
 # Of a single sample its padding is cut off.
 _FRAMEPACK = replace(
-    _HUNYUAN, name="framepack", whole=_framepack, text_varies=True, supplies=frozenset({"seed"}), query_norms=()
+    _HUNYUAN, name="framepack", layout=_framepack, text_varies=True, supplies=frozenset({"seed"}), query_norms=()
 )
 
 
@@ -92,18 +56,14 @@ def _hunyuan15(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     """Most slots for text are padding, which stands behind all text in each sample and nobody sees."""
     grid = video_grid(config, inputs)
     names = "encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"
-    slots = [_text(inputs, name) for name in names]
-    lengths = (read_once(inputs[name], _valid) for name in ("encoder_attention_mask", "encoder_attention_mask_2"))
+    slots = [text_tokens(inputs, name) for name in names]
+    valid = (lengths(inputs[name]) for name in ("encoder_attention_mask", "encoder_attention_mask_2"))
     # An image of zeros stands for none.
-    seen = max(map(sum, zip(*lengths, strict=True))) + (slots[2] if read_once(inputs[names[2]], _any) else 0)
+    seen = max(map(sum, zip(*valid, strict=True))) + (slots[2] if read_once(inputs[names[2]], _any) else 0)
     text = min(-(-seen // _TEXT_STEP) * _TEXT_STEP, sum(slots))
     behind = (("text", text), ("pad", sum(slots) - text))
     spans = (Span("grid", grid.tokens, grid), *(Span(kind, tokens) for kind, tokens in behind if tokens))
     return TokenLayout(spans, spans)
-
-
-def _valid(mask: torch.Tensor) -> list[int]:
-    return mask.bool().sum(1).tolist()
 
 
 def _any(tensor: torch.Tensor) -> bool:
@@ -120,16 +80,15 @@ _HUNYUAN15 = replace(
     _HUNYUAN,
     name="hunyuan-video-1.5",
     modules=re.compile(r"transformer_blocks\.\d+\.attn"),
-    whole=_hunyuan15,
+    layout=_hunyuan15,
     processor=_hunyuan15_processor,
 )
 
 _MOCHI = Family(
     "mochi",
     re.compile(r"transformer_blocks\.\d+\.attn1"),
-    video_grid,
+    reads(video_grid, text_after),
     frames=True,
-    text=_text_behind,
     # Its processor takes one sample after the other, and of each the text that is no padding.
     text_varies=True,
     usual_text=(0, 256),
@@ -139,7 +98,7 @@ _MOCHI = Family(
 
 def _motif_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     image = inputs.get("image_embeds")
-    return 0, _text(inputs) + (0 if image is None else image.shape[1])
+    return 0, text_tokens(inputs) + (0 if image is None else image.shape[1])
 
 
 def _motif_block(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
@@ -152,45 +111,36 @@ def _motif_block(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
     return TokenLayout(spans, spans)
 
 
-_MOTIF = replace(_HUNYUAN, name="motif-video", text=_motif_text, at=_motif_block, usual_text=(0, 512))
+_MOTIF = replace(
+    _HUNYUAN, name="motif-video", layout=reads(video_grid, _motif_text), at=_motif_block, usual_text=(0, 512)
+)
 
 
 def _cogvideox(config: Any, inputs: Mapping[str, Any]) -> Grid:
-    video = inputs.get("hidden_states")
-    if video is None or video.ndim != 5:
-        raise InvalidInputError(
-            f"hidden_states is {given(video)}; the grid is read from latents [batch, frames, channels, height, width]."
-        )
+    frames, height, width = latent_sizes(inputs, "batch, frames, channels, height, width")
     time, *patch = patch_of(config)
-    return Grid(-(-video.shape[1] // time), *(size // step for size, step in zip(video.shape[3:], patch, strict=True)))
-
-
-def _text_in_front(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    return _text(inputs), 0
+    return Grid(-(-frames // time), height // patch[0], width // patch[1])
 
 
 _COGVIDEOX = Family(
     "cogvideox",
     re.compile(r"transformer_blocks\.\d+\.attn1"),
-    _cogvideox,
+    reads(_cogvideox, text_before),
     frames=True,
-    text=_text_in_front,
     usual_text=(226, 0),
-    # Its blocks take text and video apart.
-    supplies=frozenset(NEEDS) - {"block_input"},
+    supplies=APART,
     query_norms=("norm_added_q", "norm_q"),
     heads_first=True,
-    overwrites_query=True,
-    rotary=_rotary_behind_text,
+    rotary=table_behind_text,
 )
 
 
 def _easyanimate_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     more = "encoder_hidden_states_t5"
-    return _text(inputs) + (_text(inputs, more) if inputs.get(more) is not None else 0), 0
+    return text_tokens(inputs) + (text_tokens(inputs, more) if inputs.get(more) is not None else 0), 0
 
 
-_EASYANIMATE = replace(_COGVIDEOX, name="easyanimate", grid=video_grid, text=_easyanimate_text, usual_text=(256, 0))
+_EASYANIMATE = replace(_COGVIDEOX, name="easyanimate", layout=reads(video_grid, _easyanimate_text), usual_text=(256, 0))
 
 
 FAMILIES: dict[str, Family] = {
