@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -44,9 +44,23 @@ def _root(
         raise typer.Exit
 
 
+def _once() -> Callable[[logging.LogRecord], bool]:
+    """Lets each line through once: a command may put the same method in place several times."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
+    return is_new
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
-    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.addFilter(_once())
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, handlers=[handler])
     if arguments is None:
         arguments = sys.argv[1:]
         # `kill` cleans up as Ctrl-C does: no half-written files stay behind.

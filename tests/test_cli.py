@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and that bad input ends in one line and exit code 2."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -161,6 +162,11 @@ class TestCompare:
         assert cli.main(["compare", "--model", model, *SMALL, "--output", str(tmp_path)]) == 0
         assert "notes.txt" in files(tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["model"] == model
+
+    def test_warns_once(self, model, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr(logging.root, "handlers", [])
+        assert cli.main(["compare", "--model", model, *SMALL, "--output", str(tmp_path)]) == 0
+        assert capsys.readouterr().err.count("% of the FLOPs of a dense forward") == 1
 
     def test_dense_is_no_method_to_compare(self, fails, model):
         assert "sparse method" in fails("compare", "--model", model, "--method", "dense")

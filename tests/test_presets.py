@@ -276,7 +276,8 @@ class TestCommands:
     def test_generate(self, folder, tmp_path, more, steps, layers):
         assert cli.main(self.words(folder, *more, "--output", str(tmp_path / "x.mp4"))) == 0
         found = json.loads((tmp_path / "x.json").read_text())
-        assert (found["method"], found["config"]) == ("radial", named("radial-wan-2.1").config.to_dict())
+        assert (found["method"], found["preset"]) == ("radial", "radial-wan-2.1")
+        assert found["config"] == named("radial-wan-2.1").config.to_dict()
         assert (found["dense_steps"], found["dense_layers"]) == (steps, layers)
 
     @pytest.mark.parametrize(

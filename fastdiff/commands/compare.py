@@ -130,6 +130,7 @@ def _measure(
     return {
         "model": request.model,
         "method": request.method,
+        "preset": request.preset,
         "density": sparse.density,
         "seconds_dense": dense_run.seconds,
         "seconds_sparse": sparse_run.seconds,

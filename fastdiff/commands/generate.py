@@ -106,6 +106,7 @@ def _run(request: o.Request, output: Path | None) -> dict:
             "output": str(output),
             "model": request.model,
             "method": request.method,
+            "preset": request.preset,
             **sparse.to_dict(folder, output.parent),
             "seconds": run.seconds,
             "seconds_per_step": run.seconds_per_step(sparse.sparse_steps),
