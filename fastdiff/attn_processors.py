@@ -50,7 +50,7 @@ def processors(
         dense_steps: Denoising steps that stay dense, as for `fastdiff.apply`. Needs a pipeline.
         dense_layers: Layers that stay dense.
         schedule: Both at once, and what else a `DenseSchedule` can say.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: As for `fastdiff.apply`.
         component: Which of a pipeline's two transformers (Wan 2.2), "transformer" or "transformer_2"; each needs a
             dict of its own. Left out where a pipeline has one model.
 

@@ -12,7 +12,7 @@ def together(report: dict[str, Any]) -> str:
     rows = []
     for row in report["rows"]:
         skipped = "; ".join(f"{count}: {reason}" for reason, count in row["skipped"].items())
-        rows.append([f"{row['name']}", row["outcome"], f"{row['passed']}", f"{len(row['failed'])}", skipped])
+        rows.append([row["name"], row["outcome"], f"{row['passed']}", f"{len(row['failed'])}", skipped])
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items() if found and name != "threads")
     machine = "a CPU" if report["gpu"].startswith("none") else report["gpu"]
     conditions = f"Tiny models with random weights on {machine}; {versions}; commit {report['commit']}."

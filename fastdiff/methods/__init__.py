@@ -93,10 +93,7 @@ def build_plan(config: MethodConfig, layout: TokenLayout, device: str = "cpu", l
         InvalidInputError: If rules count layers from the end or by share.
     """
     part = config.at(layer)
-    return (
-        None
-        if part is None
-        else part.planner().plan(
-            layout, layer=layer, step=None, steps=None, heads=None, head_dim=None, device=torch.device(device)
-        )
-    )
+    if part is None:
+        return None
+    unknown = dict.fromkeys(("step", "steps", "heads", "head_dim"))
+    return part.planner().plan(layout, layer=layer, device=torch.device(device), **unknown)
