@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 TESTED = Path(__file__).parent / "assets" / "tested.json"
 
 RANDOM = "random"
+_PIPELINE = "pipeline "
+_SHOWN = ("shows", "weights", "passed", "failed")
 
 # The settings that ask least of a model; the other methods need nothing but query, key and value.
 _LEAST: dict[str, MethodConfig] = {"radial": RadialConfig(), "clear": ClearConfig(8), "agent": AgentConfig(1)}
@@ -27,39 +29,35 @@ def catalogue(name: str | None = None) -> dict[str, Any]:
     """Every model that can be patched, as plain data.
 
     Args:
-        name: A family or a model class; None for all.
+        name: A family, a model class or a pipeline class, in letters of either case; None for all.
 
     Returns:
         `models`, each with `model` (its class in diffusers), `family`, `methods` (method -> `use` and `why`, see
-        `use_of`) and `tested` (what the tests have shown, with which weights); `published_weights`, the models among
-        them that a test ran with published weights; and the conditions of the test run.
+        `use_of`), `tested` (what the tests have shown, with which weights) and `pipelines` (those that they ran);
+        `published_weights`, the models among them that a test ran with published weights; and the conditions of the
+        test run.
 
     Raises:
         InvalidInputError: If nothing is named so.
     """
     from fastdiff_patches.families import FAMILIES
 
-    chosen = {model: family for model, family in FAMILIES.items() if name is None or name in (model, family.name)}
-    if not chosen:
+    record = json.loads(TESTED.read_text(encoding="utf-8"))
+    models = []
+    for model, family in FAMILIES.items():
+        tested = [{key: test[key] for key in _SHOWN} for test in record["tests"] if test["model"] == model]
+        ran = (test["shows"] for test in tested if test["passed"])
+        pipelines = [shown.removeprefix(_PIPELINE) for shown in ran if shown.startswith(_PIPELINE)]
+        if name is None or name.lower() in {each.lower() for each in (model, family.name, *pipelines)}:
+            methods = {method: use_of(method, family) for method in METHODS if method != "rules"}
+            found = {"model": model, "family": family.name, "methods": methods}
+            models.append(found | {"tested": tested, "pipelines": pipelines})
+    if not models:
         families = ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
         raise InvalidInputError(
-            f"no model and no family is named {name!r}; families are {families}. A model that none describes takes "
-            "layout=, see fastdiff.apply."
+            f"no family, model or pipeline is named {name!r}; families are {families}. A model that none describes "
+            "takes layout=, see fastdiff.apply."
         )
-    record = json.loads(TESTED.read_text(encoding="utf-8"))
-    models = [
-        {
-            "model": model,
-            "family": family.name,
-            "methods": {method: use_of(method, family) for method in METHODS if method != "rules"},
-            "tested": [
-                {key: test[key] for key in ("shows", "weights", "passed", "failed")}
-                for test in record["tests"]
-                if test["model"] == model
-            ],
-        }
-        for model, family in chosen.items()
-    ]
     published = [one["model"] for one in models if any(test["weights"] != RANDOM for test in one["tested"])]
     conditions = {key: value for key, value in record.items() if key != "tests"}
     return {"models": models, "published_weights": published, "test_run": conditions}

@@ -46,17 +46,26 @@ def test_methods_by_what_a_family_has(capsys):
     assert uses("LatteTransformer3DModel")["radial"] == "no"
 
 
-def test_the_table_of_one_family_says_why(capsys):
+def test_one_family_says_why(capsys):
     assert cli.main(["models", "wan"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "agent in wan: without fine-tuning" in out
     assert "With published weights: none." in out
 
 
-def test_the_whole_table(capsys):
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("CHROMA", "ChromaTransformer2DModel"), ("MochiPipeline", "MochiTransformer3DModel")],
+)
+def test_a_family_in_capitals_and_a_pipeline(name, model, capsys):
+    assert [one["model"] for one in models(name, capsys=capsys)["models"]] == [model]
+
+
+def test_all_families(capsys):
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("wan-vace", "hunyuan-video", "unet-motion"))
+    assert all(out.count(f"\n{name}: ") == 1 for name in ("wan-vace", "hunyuan-video", "unet-motion"))
+    assert out.startswith("wan: radial, neighborhood, clear*, paro+, agent*\n    WanTransformer3DModel: ")
     assert "needs pre_rope_query" not in out
 
 
@@ -74,10 +83,10 @@ def test_published_weights_and_failures_are_shown(tmp_path, monkeypatch, capsys)
     assert "With published weights: WanTransformer3DModel." in out
 
 
-@pytest.mark.parametrize("name", ["Wan", "", "nothing"])
+@pytest.mark.parametrize("name", ["wa", "", "nothing"])
 def test_an_unknown_name(fails, name):
-    assert f"no model and no family is named {name!r}; families are wan, " in fails("models", name)
-    with pytest.raises(InvalidInputError, match="no family is named"):
+    assert f"no family, model or pipeline is named {name!r}; families are wan, " in fails("models", name)
+    with pytest.raises(InvalidInputError, match="no family, model or pipeline is named"):
         catalogue.catalogue(name)
 
 

@@ -13,7 +13,8 @@ _MARKS = {"yes": "", "training": "*", "calibration": "+"}
 
 def models(
     name: Annotated[
-        str | None, typer.Argument(help="A family, such as wan, or a model class of diffusers. All by default.")
+        str | None,
+        typer.Argument(help="A family, such as wan, or a model or pipeline class of diffusers. All by default."),
     ] = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -25,6 +26,7 @@ def models(
     Examples:
       fastdiff models
       fastdiff models flux
+      fastdiff models FluxPipeline
       fastdiff models WanTransformer3DModel --json
     """
     from .screen import results_only_on_stdout
@@ -42,15 +44,13 @@ def models(
 
 
 def _show(found: dict[str, Any], with_reasons: bool) -> None:
-    from .tables import listing
-
-    listing(
-        ("model", "family", "methods", "tests passed", "pipelines run"),
-        [
-            (model["model"], model["family"], _methods(model), _passed(model), _pipelines(model))
-            for model in found["models"]
-        ],
-    )
+    families: dict[str, list[dict[str, Any]]] = {}
+    for model in found["models"]:
+        families.setdefault(model["family"], []).append(model)
+    for family, members in families.items():
+        typer.echo(f"{family}: {_methods(members[0])}")
+        for model in members:
+            typer.echo(f"    {model['model']}: {_shown(model)}")
     typer.echo("* wants fine-tuned weights (clear at a small radius alone)   + wants a calibration run")
     if with_reasons:
         reasons = {
@@ -71,12 +71,10 @@ def _methods(model: dict[str, Any]) -> str:
     return ", ".join(method + _MARKS[use] for method, use in uses.items() if use in _MARKS)
 
 
-def _passed(model: dict[str, Any]) -> str:
+def _shown(model: dict[str, Any]) -> str:
     passed = sum(test["passed"] for test in model["tested"])
     total = passed + sum(len(test["failed"]) for test in model["tested"])
-    return f"{passed} of {total}" if total else "not tested"
-
-
-def _pipelines(model: dict[str, Any]) -> str:
-    ran = (test["shows"] for test in model["tested"] if test["passed"])
-    return ", ".join(shown.removeprefix("pipeline ") for shown in ran if shown.startswith("pipeline "))
+    if not total:
+        return "not tested"
+    ran = f"; ran {', '.join(model['pipelines'])}" if model["pipelines"] else ""
+    return f"{passed} of {total} tests passed{ran}"

@@ -83,14 +83,3 @@ def lines(title: str, cells: list[list[str]]) -> None:
     for line in cells[1:]:
         table.add_row(*line)
     out.print(table)
-
-
-def listing(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table of words, its head first; what does not fit goes on in the next line."""
-    out = Console(highlight=False)
-    table = Table()
-    for name in head:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
