@@ -217,7 +217,6 @@ class TestRefusals:
             (tiny_wan, "radail", r"'radail', which is no method with published settings \(radial, neighborhood, clear"),
             (tiny_sd3, "radial", "'radial' are for wan, hunyuan-video; for family 'sd3' there are none"),
         ],
-        ids=str,
     )
     def test_names(self, build, name, message):
         model = build()
