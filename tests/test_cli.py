@@ -373,12 +373,19 @@ class TestDoctor:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["generate", "compare", "plan", "doctor"])
+    @pytest.mark.parametrize("command", ["generate", "compare", "plan", "presets", "calibrate", "models", "doctor"])
     def test_has_examples_and_json(self, capsys, command):
         assert cli.main([command, "--help"]) == 0
         out = capsys.readouterr().out
         assert f"Examples:\n    fastdiff {command}" in out
         assert "--json" in out
+
+    @pytest.mark.parametrize("words", [["--help"], ["bench", "--help"]])
+    def test_says_of_each_command_what_it_does(self, capsys, monkeypatch, words):
+        monkeypatch.setenv("COLUMNS", "80")
+        assert cli.main(words) == 0
+        lines = capsys.readouterr().out.partition("Commands:")[2].splitlines()
+        assert [line for line in lines[1:] if not line.endswith(".") or line.endswith("...")] == []
 
     @pytest.mark.parametrize("words", [[], ["--help"], ["--version"]])
     def test_top_level(self, capsys, words):

@@ -85,12 +85,12 @@ def models(
     commit: Commit = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Time one denoising forward of published models with random weights.
+    """Time one forward of published models with random weights.
 
-    Dense as diffusers does it, with the fastest dense kernel, and by each method; eager and with compiled blocks.
-    Models are built in bfloat16 from their published configs; nothing is downloaded. Records say the time of one
-    forward, the peak memory, the density, and where the time goes: attention, linears, element-wise work, the reorder
-    of tokens, and building the plan, which a run does once.
+    A denoising forward, dense as diffusers does it, with the fastest dense kernel, and by each method; eager and with
+    compiled blocks. Models are built in bfloat16 from their published configs; nothing is downloaded. Records say the
+    time of one forward, the peak memory, the density, and where the time goes: attention, linears, element-wise work,
+    the reorder of tokens, and building the plan, which a run does once.
 
     \b
     Examples:

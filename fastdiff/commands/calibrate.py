@@ -53,10 +53,10 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="The file, .safetensors.")] = Path("outputs/calibration.safetensors"),
     as_json: o.AsJson = False,
 ) -> None:
-    """Find token orders and block masks for the method paro, by watching the pipeline run dense.
+    """Find token orders and block masks for the method paro.
 
-    What is found holds for this model at this size, and for any prompt and seed. Use it with
-    --method paro --config '{"calibration": "outputs/calibration.safetensors"}'.
+    The pipeline runs dense and is watched. What is found holds for this model at this size, and for any prompt and
+    seed. Use it with --method paro --config '{"calibration": "outputs/calibration.safetensors"}'.
 
     \b
     Examples:

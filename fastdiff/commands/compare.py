@@ -41,11 +41,12 @@ def compare(
     output: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("outputs"),
     as_json: o.AsJson = False,
 ) -> None:
-    """Generate a video or a picture twice, dense and sparse, and compare time and fidelity.
+    """Generate a video or picture dense and sparse, and compare.
 
-    Same seed and same noise, after one warm-up step each. Writes dense.mp4, sparse.mp4, side_by_side.mp4,
-    frames.png (a contact sheet) and report.json; for a picture dense.png, sparse.png, side_by_side.png and
-    report.json. The method paro without --config calibrates first and adds calibration.safetensors.
+    Time and fidelity, at the same seed and noise, after one warm-up step each. Writes dense.mp4, sparse.mp4,
+    side_by_side.mp4, frames.png (a contact sheet) and report.json; for a picture dense.png, sparse.png,
+    side_by_side.png and report.json. The method paro without --config calibrates first and adds
+    calibration.safetensors.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ def models(
     ] = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """List the models that can be patched, their methods, and what tests have shown.
+    """List the models that can be patched, their methods, and tests.
 
     Tests run small models of each class with random weights. Other models work too, if layout= describes them.
 
