@@ -61,7 +61,8 @@ def without_neighbours(model: nn.Module) -> nn.Module:
 def run(model, inputs) -> torch.Tensor:
     """What the model returns, samples of a list stacked."""
     with torch.no_grad():
-        out = model(**inputs)[0]
+        out = model(**inputs)
+    out = out if isinstance(out, torch.Tensor) else out[0]
     return torch.stack(out) if isinstance(out, list) else out
 
 

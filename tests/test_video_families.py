@@ -84,37 +84,6 @@ class TestHunyuanVideo15:
         assert model.transformer_blocks[0].attn.processor is own
 
 
-def hunyuan_video_batch(*grid):
-    """Two samples, of whose 8 tokens of text 5 and 7 are no padding."""
-    inputs = joint.hunyuan_video_inputs(*grid)
-    batch = {
-        name: torch.cat([value, value.flip(-1)]) for name, value in inputs.items() if isinstance(value, torch.Tensor)
-    }
-    return inputs | batch | {"encoder_attention_mask": (torch.arange(8) < torch.tensor([[5], [7]])).long()}
-
-
-@pytest.mark.parametrize(
-    ("build", "arguments"),
-    [
-        (joint.tiny_mochi, lambda *grid: joint.mochi_inputs(*grid, batch=2)),
-        (joint.tiny_hunyuan_video, hunyuan_video_batch),
-        (joint.tiny_hunyuan_video15, lambda *grid: joint.hunyuan_video15_inputs(*grid, batch=2)),
-    ],
-    ids=["mochi", "hunyuan", "hunyuan 1.5"],
-)
-def test_samples_with_texts_of_unequal_length(build, arguments):
-    torch.manual_seed(0)
-    model, inputs = build(), arguments(2, 5, 4)
-    dense = run(model, inputs)
-    fastdiff.apply(model, fastdiff.NeighborhoodConfig((None, None, None), block_size=32))
-    torch.testing.assert_close(run(model, inputs), dense, atol=5e-6, rtol=1e-4)
-    fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32))
-    sparse = run(model, inputs)
-    alone = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    torch.testing.assert_close(run(model, alone), sparse[:1])
-    assert not torch.allclose(sparse, dense, atol=1e-4)
-
-
 class TestLTX:
     def spans(self, model=None, **inputs):
         model = model or tiny.tiny_ltx()
