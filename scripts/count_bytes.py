@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-HEADS, HEAD_DIM, DENSITY = 8, 128, 0.2
+GRID, HEADS, HEAD_DIM, DENSITY = (21, 45, 80), 8, 128, 0.2
 READ, WRITTEN, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
 PARTS = ("forward", "backward")
 
@@ -27,7 +28,7 @@ def call(part: str) -> None:
     from fastdiff.methods import RadialConfig
     from fastdiff_kernels import Grid, TokenLayout, attention
 
-    grid = Grid(21, 45, 80)
+    grid = Grid(*GRID)
     plan = RadialConfig.for_density(DENSITY, grid).build_plan(TokenLayout.self_attention(grid)).to("cuda")
     shape = (1, grid.tokens, HEADS, HEAD_DIM)
     train = part == "backward"
@@ -48,7 +49,7 @@ def call(part: str) -> None:
 
 def floor(part: str) -> float:
     """Gigabytes: q, k, v, out; of a backward pass also the three gradients and that of the output."""
-    tensor = 21 * 45 * 80 * HEADS * HEAD_DIM * 2 / 1e9
+    tensor = math.prod(GRID) * HEADS * HEAD_DIM * 2 / 1e9
     return tensor * (4 if part == "forward" else 8)
 
 

@@ -53,14 +53,14 @@ def kernels(
       fastdiff bench kernels --shape W --shape hunyuan --repeats 20
       fastdiff bench kernels --cpu
     """
+    from fastdiff.bench import shapes
     from fastdiff.bench.kernels import Bench
     from fastdiff.bench.record import conditions
-    from fastdiff.bench.shapes import CPU_SHAPES, GPU_SHAPES
 
     from . import bench_tables
 
-    shapes = CPU_SHAPES if cpu else GPU_SHAPES
-    chosen = _chosen("--shape", shape or [], {some.name: some for some in shapes})
+    there = shapes.CPU_SHAPES if cpu else shapes.GPU_SHAPES
+    chosen = _chosen("--shape", shape or [], {some.name: some for some in there})
     if not cpu:
         _require_gpu("--cpu times the portable backend instead")
     device = "cpu" if cpu else "cuda"
