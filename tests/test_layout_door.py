@@ -105,6 +105,14 @@ def test_compiled(painter):
     torch.testing.assert_close(run(torch.compile(painter, fullgraph=True, backend="eager")), eager)
 
 
+def test_a_wrong_length_is_refused_in_compiled_code_too(painter):
+    fastdiff.apply(painter, NARROW, layout=lambda inputs: fastdiff.TokenLayout.self_attention(fastdiff.Grid(1, 5, 7)))
+    compiled = torch.compile(painter, fullgraph=True, backend="eager")
+    run(compiled)
+    with pytest.raises(InvalidInputError, match=r"tells 35 tokens and no self-attention call had so many"):
+        run(compiled)
+
+
 def test_no_warning_for_modules_that_are_not_meant(painter, caplog):
     fastdiff.apply(painter, NARROW, layout=layout)
     run(painter)

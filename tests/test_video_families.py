@@ -10,7 +10,7 @@ import torch
 from family_cases_video import wan_inputs
 
 import fastdiff
-from fastdiff_kernels import InvalidInputError, UnsupportedError
+from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError
 from fastdiff_patches import families
 
 torch.set_num_threads(1)
@@ -171,6 +171,17 @@ def test_mochi_compiled():
     eager = run(model, inputs)
     model.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(model, inputs), eager)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mochi_with_a_layout_that_is_too_short_is_refused(compiled):
+    model = joint.tiny_mochi()
+    layout = fastdiff.TokenLayout.self_attention(Grid(2, 5, 4))
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32), layout=lambda inputs: layout)
+    if compiled:
+        model.compile(fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError if compiled else InvalidInputError, match="assertion" if compiled else "has 40;"):
+        run(model, joint.mochi_inputs(2, 5, 4))
 
 
 def test_hunyuan_video15_compiled_block_by_block():

@@ -75,6 +75,7 @@ class Layer:
     def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, parts: tuple[int, ...] = ()) -> None:
         """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
         self.plan, self.active, self.ready, self.seed = plan, plan is not None, True, seed
+        self.block_input = None
         self.tokens, self.parts = sum(parts), parts
 
     def retire(self) -> None:
@@ -93,12 +94,16 @@ class Layer:
             return self.active and queries == keys
         shares = self._shares(parallel)
         meant = queries == keys == (self.tokens if shares is None else shares.own)
-        if not meant and not torch.compiler.is_compiling() and not self.reached:
+        if not meant and not self.reached:
             self.stray = queries
         return meant
 
+    def watches(self) -> bool:
+        """Whether to note which calls are made: in compiled code only where their length tells what is meant."""
+        return not torch.compiler.is_compiling() or (self.family is not None and self.family.by_length)
+
     def entered(self) -> None:
-        """Called before the processor in eager mode."""
+        """Called before the processor where calls are noted."""
         self.reached = False
 
     def left(self, processor: Any) -> None:
@@ -166,7 +171,7 @@ class Layer:
         Raises:
             UnsupportedError: If the call asks for what the sparse path cannot do.
         """
-        if not torch.compiler.is_compiling():
+        if self.watches():
             self.reached, self.stray = True, None
         group, rest = divmod(query.shape[2], key.shape[2])
         if causal or dropout or rest:
@@ -189,6 +194,13 @@ class Layer:
         queries = query.shape[1]
         if self.family is not None and self.family.text_varies:
             # The plan is that of the longest text. No branch, since torch.compile may not know the lengths.
+            if torch.compiler.is_compiling():
+                torch._check(queries <= self.tokens)
+            elif queries > self.tokens:
+                raise InvalidInputError(
+                    f"{self.name} was called with {queries} tokens and the layout has {self.tokens}; count all tokens "
+                    "of the call in layout=, text too."
+                )
             query, key, value = (F.pad(x, (0, 0, 0, 0, 0, self.tokens - queries)) for x in (query, key, value))
             seen = (torch.arange(self.tokens, device=key.device) < queries).expand(len(key), -1)
             key_mask = seen if key_mask is None else seen & F.pad(key_mask, (0, self.tokens - queries))

@@ -29,6 +29,8 @@ class Layer(Protocol):
 
     def takes(self, queries: int, keys: int, parallel: Any = None) -> bool: ...
 
+    def watches(self) -> bool: ...
+
     def entered(self) -> None: ...
 
     def left(self, processor: Any) -> None: ...
@@ -159,7 +161,7 @@ def _adopted_class(cls: type) -> type:
             layer = self._fastdiff
             if layer is None:
                 return same(self, *args, **kwargs)
-            if not torch.compiler.is_compiling():
+            if layer.watches():
                 layer.entered()
             inputs = layer.gather({**dict(zip(names, args, strict=False)), **kwargs}) if layer.gathers() else None
             outer = _here.layer, _here.inputs
