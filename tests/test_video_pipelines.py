@@ -1,9 +1,6 @@
 """Pipelines of video families with tiny models, as a user calls them; text comes as embeddings."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import diffusers
 import PIL.Image
@@ -12,46 +9,17 @@ import tiny_video_models as tiny
 import tiny_video_text_models as joint
 import torch
 from diffusers.pipelines.ltx import pipeline_ltx_condition
+from pipeline_case import NARROW, TEXT, Pipe, build, dense_sparse_and_dense_again, present
 from tiny_models import NoGuard, tiny_scheduler, tiny_text_encoder, tiny_tokenizer, tiny_vae, tiny_wan
 from tiny_picture_models import tiny_picture_vae
 
 import fastdiff
 from fastdiff import cli
-from fastdiff.commands import sizes
-from fastdiff_kernels import Grid
 from fastdiff_patches.attachment import find
 
 torch.set_num_threads(1)
 
-TEXT = ("text_encoder", "tokenizer")
 TWO_TEXTS = (*TEXT, "text_encoder_2", "tokenizer_2")
-WHOLE = fastdiff.NeighborhoodConfig((None, None, None), block_size=32)
-NARROW = fastdiff.NeighborhoodConfig((None, 2, 2), block_size=32)
-
-
-@dataclass(frozen=True)
-class Pipe:
-    """A pipeline class, its model, and what the call takes besides the number of steps.
-
-    Attributes:
-        model: () -> the model.
-        call: () -> the arguments of the call.
-        absent: Components that are None.
-        scheduler: () -> the scheduler.
-        parts: () -> further components by name.
-        settle: pipeline -> changes what stands in the way of embeddings.
-        grid: In tokens.
-        component: What the pipeline calls its model.
-    """
-
-    model: Callable[[], torch.nn.Module]
-    call: Callable[[], dict[str, Any]]
-    absent: tuple[str, ...] = ("vae", *TEXT)
-    scheduler: Callable[[], Any] = lambda: tiny_scheduler("euler")
-    parts: Callable[[], dict[str, Any]] = dict
-    settle: Callable[[Any], None] = lambda pipe: None
-    grid: tuple[int, int, int] = (3, 3, 5)
-    component: str = "transformer"
 
 
 def size(frames=9, height=48, width=80):
@@ -196,6 +164,7 @@ PIPES = {
         lambda: joint.tiny_hunyuan_video15(in_channels=9),
         hunyuan_video15_call,
         absent=TWO_TEXTS,
+        exact=False,
         parts=hunyuan_video15_parts,
     ),
     "MotifVideoPipeline": Pipe(
@@ -293,50 +262,13 @@ PIPES = {
 }
 
 
-def build(name):
-    case = PIPES[name]
-    torch.manual_seed(0)
-    parts = dict.fromkeys(case.absent) | {case.component: case.model()} | case.parts()
-    pipe = getattr(diffusers, name)(scheduler=case.scheduler(), **parts)
-    case.settle(pipe)
-    pipe.set_progress_bar_config(disable=True)
-
-    def draw():
-        settings = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-        return pipe(**settings, **case.call()).frames
-
-    return pipe, draw
-
-
-@pytest.mark.parametrize("name", [name for name in PIPES if hasattr(diffusers, name)])
+@pytest.mark.parametrize("name", present(PIPES))
 def test_a_pipeline_dense_sparse_and_dense_again(name, shows):
-    pipe, draw = build(name)
-    case = PIPES[name]
-    asked = case.call()
-    frames = asked.get(sizes.frames_argument(pipe))
-    # Segments of an animation have a frame more, the reference.
-    if frames is not None:
-        forecast = sizes.grid_of(pipe, frames, asked["height"], asked["width"])
-        assert forecast == Grid(*case.grid), "as forecast before a run"
-    shows(getattr(pipe, case.component), f"pipeline {type(pipe).__name__}")
-    dense = draw()
-    fastdiff.apply(pipe, WHOLE)
-    torch.testing.assert_close(draw(), dense, atol=1e-4, rtol=1e-3)
-    fastdiff.apply(pipe, NARROW, dense_steps=3)
-    # Its processor is another one, dense too.
-    close = {"atol": 1e-4, "rtol": 1e-3} if name == "HunyuanVideo15Pipeline" else {"atol": 0, "rtol": 0}
-    torch.testing.assert_close(draw(), dense, **close)
-    fastdiff.apply(pipe, NARROW, dense_steps=1)
-    assert not torch.allclose(draw(), dense, atol=1e-5)
-    attached = find(getattr(pipe, case.component))
-    assert {layout.grid for layout in attached.seen} == {Grid(*case.grid)}
-    assert attached.steps_seen == 3
-    fastdiff.remove(pipe)
-    assert torch.equal(draw(), dense)
+    dense_sparse_and_dense_again(name, PIPES[name], shows)
 
 
 def test_clips_that_condition_a_video_are_references():
-    pipe, draw = build("LTXConditionPipeline")
+    pipe, draw = build("LTXConditionPipeline", PIPES["LTXConditionPipeline"])
     fastdiff.apply(pipe, NARROW)
     draw()
     (layout,) = find(pipe.transformer).seen
@@ -345,7 +277,7 @@ def test_clips_that_condition_a_video_are_references():
 
 def test_text_slots_that_no_prompt_fills_are_padding():
     """The pipeline hands 729 slots for an image that is not there."""
-    pipe, draw = build("HunyuanVideo15Pipeline")
+    pipe, draw = build("HunyuanVideo15Pipeline", PIPES["HunyuanVideo15Pipeline"])
     fastdiff.apply(pipe, NARROW)
     draw()
     (layout,) = find(pipe.transformer).seen
