@@ -113,6 +113,15 @@ def test_a_wrong_length_is_refused_in_compiled_code_too(painter):
         run(compiled)
 
 
+def test_the_device_is_that_of_the_first_tensor_of_numbers(painter):
+    fastdiff.apply(painter, NARROW, layout=layout)
+    family, picture = find(painter).family, torch.zeros(1, 32, 5, 7)
+    assert family.visual({"ids": torch.zeros(3, dtype=torch.int64), "residuals": [], "picture": picture}) is picture
+    whole = {"picture": picture.long(), "prompt": torch.zeros(1, 3, 32, dtype=torch.int64)}
+    with pytest.raises(InvalidInputError, match="no tensor of numbers as any argument"):
+        painter(**whole)
+
+
 def test_no_warning_for_modules_that_are_not_meant(painter, caplog):
     fastdiff.apply(painter, NARROW, layout=layout)
     run(painter)

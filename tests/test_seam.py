@@ -14,10 +14,13 @@ from fastdiff.schedule import DenseSchedule
 from fastdiff_kernels import InvalidInputError, UnsupportedError
 from fastdiff_patches import seam
 from fastdiff_patches.attachment import Attachment, find
+from fastdiff_patches.families import FAMILIES
 from fastdiff_patches.processor import Layer, _key_mask
 from fastdiff_patches.steps import StepReader
 
 torch.set_num_threads(1)
+
+WAN = FAMILIES["WanTransformer3DModel"]
 
 
 def put_on(model, planner=None, dense_layers=0) -> Attachment:
@@ -284,7 +287,7 @@ def test_other_masks_are_refused(mask):
 
 
 def test_what_the_sparse_path_cannot_do_is_refused():
-    layer = Layer(0, "attn1", 2, 4, FakePlanner(), "auto")
+    layer = Layer(0, "attn1", 2, 4, FakePlanner(), "auto", WAN)
     query, key = torch.zeros(1, 5, 2, 4), torch.zeros(1, 5, 1, 4)
     with pytest.raises(UnsupportedError, match="is_causal=True"):
         layer.attend(query, query, query, None, 0.0, True, None, None)
@@ -294,7 +297,7 @@ def test_what_the_sparse_path_cannot_do_is_refused():
 
 def test_query_heads_may_share_a_key_head():
     torch.manual_seed(0)
-    layer = Layer(0, "attn1", 4, 8, planner := FakePlanner(window=None), "auto")
+    layer = Layer(0, "attn1", 4, 8, planner := FakePlanner(window=None), "auto", WAN)
     layer.prepare(planner.plan(_line(6), layer=0, step=None, steps=None, heads=4, head_dim=8, device="cpu"))
     query, key, value = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
     out = layer.attend(query, key, value, None, 0.0, False, None, None)
@@ -312,7 +315,7 @@ def test_processors_that_call_sdpa_themselves():
     x = torch.randn(1, 6, 16)
     before = attention(x)
     planner = FakePlanner(window=None)
-    layer = Layer(0, "attn1", 2, 8, planner, "auto")
+    layer = Layer(0, "attn1", 2, 8, planner, "auto", WAN)
     plan = planner.plan(_line(6), layer=0, step=None, steps=None, heads=2, head_dim=8, device="cpu")
     attention.processor = seam.adopt(attention.processor, layer)
     layer.prepare(plan)

@@ -15,7 +15,10 @@ _known = WeakTensorKeyDictionary()
 
 
 def read_once(tensor: torch.Tensor, read: Callable[[torch.Tensor], T]) -> T:
-    """What `read`, a function that stands in a module, says of a tensor; asked again only where it has changed."""
+    """What `read`, a function that stands in a module, says of a tensor; asked again only where it has changed.
+
+    Tensors made in inference mode do not tell that they were changed in place.
+    """
     version = None if tensor.is_inference() else tensor._version
     answers = _known.setdefault(tensor, {})
     if read not in answers or answers[read][0] != version:

@@ -48,7 +48,7 @@ class Layer:
         head_dim: int,
         planner: Planner,
         backend: str,
-        family: Family | None = None,
+        family: Family,
     ):
         self.index, self.name, self.heads, self.head_dim = index, name, heads, head_dim
         self.planner, self.backend, self.family = planner, backend, family
@@ -90,7 +90,7 @@ class Layer:
                 "made for a different model. Set the processors that fastdiff.processors(...) made for this model, or "
                 "call fastdiff.apply."
             )
-        if not self.active or self.family is None or not self.family.by_length:
+        if not self.active or not self.family.by_length:
             return self.active and queries == keys
         shares = self._shares(parallel)
         meant = queries == keys == (self.tokens if shares is None else shares.own)
@@ -100,7 +100,7 @@ class Layer:
 
     def watches(self) -> bool:
         """Whether to note which calls are made: in compiled code only where their length tells what is meant."""
-        return not torch.compiler.is_compiling() or (self.family is not None and self.family.by_length)
+        return not torch.compiler.is_compiling() or self.family.by_length
 
     def entered(self) -> None:
         """Called before the processor where calls are noted."""
@@ -185,14 +185,13 @@ class Layer:
         inputs = {} if inputs is None else inputs
         if "pre_rope_query" in self.needs:
             inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
-        mask = mask if self.family is None else self.family.mask(mask)
-        key_mask, shares = _key_mask(mask, key), self._shares(parallel)
+        key_mask, shares = _key_mask(self.family.mask(mask), key), self._shares(parallel)
         if shares is not None:
             self._check_shares(shares, query)
             query, key, value = (shares.gather(x) for x in (query, key, value))
             key_mask = None if key_mask is None else shares.gather_mask(key_mask)
         queries = query.shape[1]
-        if self.family is not None and self.family.text_varies:
+        if self.family.text_varies:
             # The plan is that of the longest text. No branch, since torch.compile may not know the lengths.
             if torch.compiler.is_compiling():
                 torch._check(queries <= self.tokens)
@@ -213,7 +212,7 @@ class Layer:
 
     def _check_shares(self, shares: Ulysses, query: torch.Tensor) -> None:
         shares.check_heads(query.shape[2])
-        if self.needs or (self.family is not None and self.family.text_varies):
+        if self.needs or self.family.text_varies:
             raise UnsupportedError(
                 f"context parallelism is on, and {self.name} needs {', '.join(sorted(self.needs)) or 'the text'}, of "
                 "which a process knows only its share; choose a method or a model that does without, or call "

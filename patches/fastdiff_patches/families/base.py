@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff_kernels import Grid, Span, TokenLayout
+from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout
 
 from ..planner import NEEDS
 
@@ -122,7 +122,17 @@ class Family:
         return TokenLayout(spans, spans)
 
     def visual(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The latents of the first sample or of all, for their device and their values."""
-        values = inputs.values() if self.latents is None else [inputs[self.latents]]
+        """The latents of the first sample or of all, for their device and their values.
+
+        Raises:
+            InvalidInputError: If the forward was given none.
+        """
+        values = inputs.values() if self.latents is None else [inputs.get(self.latents)]
         tensors = (value[0] if isinstance(value, (list, tuple)) and value else value for value in values)
-        return next(value for value in tensors if isinstance(value, torch.Tensor) and value.is_floating_point())
+        for value in tensors:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value
+        raise InvalidInputError(
+            f"the forward was given no tensor of numbers as {self.latents or 'any argument'}, so the device of the "
+            "visual tokens is not known; give one by name."
+        )
