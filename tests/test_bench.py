@@ -1,5 +1,6 @@
 """`fastdiff bench`: what it records, what it refuses, and that its models are those that were published."""
 
+import inspect
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from fastdiff import cli
 from fastdiff.bench import kernels, record, rivals, shapes
 from fastdiff.bench.architectures import ARCHITECTURES
 from fastdiff.bench.breakdown import add_up
-from fastdiff.bench.models import ModelBench, depths, scaled
+from fastdiff.bench.models import BUILDERS, ModelBench, depths, scaled
 from fastdiff.bench.published import Draw, wan_inputs
 from fastdiff.bench.truth import check_agents, check_gradients, check_output
 from fastdiff.commands import bench
@@ -275,6 +276,14 @@ class TestModels:
         points = depths(depth, full)
         assert points == [depth]
         assert scaled([3.5], points, depth) == 3.5
+
+    # Those with the highest floors.
+    @pytest.mark.parametrize(("model", "method"), [("cogvideox", "radial"), ("flux", "neighborhood")])
+    def test_methods_can_be_solved_for_the_density_that_is_usual(self, model, method):
+        one = next(one for one in ARCHITECTURES if one.name == model)
+        usual = inspect.signature(bench.models).parameters["density"].default
+        plan = BUILDERS[method][0](one, usual).build_plan(TokenLayout.self_attention(one.grid, text_before=one.text))
+        assert usual - 0.1 < plan.density() <= usual
 
     def test_the_breakdown(self):
         def op(name, parent=None, kernels=()):

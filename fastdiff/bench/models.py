@@ -115,7 +115,7 @@ class ModelBench:
             self.missing["sparse methods"] = f"no family describes {one.kind} yet, so dense attention alone is timed."
             return
         for method in one.methods:
-            for build in _BUILDERS[method]:
+            for build in BUILDERS[method]:
                 try:
                     config = build(one, self.density)
                 except FastDiffError as error:
@@ -271,7 +271,7 @@ def _solved(kind: type[MethodConfig]) -> Callable[[Architecture, float], MethodC
 
 
 # Paro is missing: its masks are calibrated on real weights.
-_BUILDERS: dict[str, tuple[Callable[[Architecture, float], MethodConfig], ...]] = {
+BUILDERS: dict[str, tuple[Callable[[Architecture, float], MethodConfig], ...]] = {
     "radial": (_solved(RadialConfig), lambda one, density: RadialConfig(decay_factor=0.2)),
     "neighborhood": (_solved(NeighborhoodConfig),),
     "clear": (lambda one, density: ClearConfig(8),),

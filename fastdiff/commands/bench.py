@@ -79,7 +79,7 @@ def models(
     full: Annotated[
         bool, typer.Option("--full", help="Build all layers; by default a few, and times are scaled to all.")
     ] = False,
-    density: Annotated[float, typer.Option(help="What methods are solved for, where they can be.")] = 0.2,
+    density: Annotated[float, typer.Option(help="What methods are solved for, where they can be.")] = 0.3,
     repeats: Repeats = 3,
     output: Annotated[Path, typer.Option(help="The JSON file for the records.")] = Path("outputs/bench-models.json"),
     commit: Commit = None,
