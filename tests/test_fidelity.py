@@ -124,7 +124,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     ("message", "floor"),
     [
         ("density 0.1 is below the floor of radial on a grid of 1x4x4, which is 1.0000 with blocks of 32; ask", 1.0),
-        ("density 0.1 is below the floor of paro on a grid of 1x4x4, which is 0.4375: each query", 0.4375),
+        ("density 0.1 is below the floor of paro on a grid of 1x4x4, which is 0.4375 where each", 0.4375),
         ("agents act from 0 to 0.4 of the run and none of its 2 steps lies there", None),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff.methods import METHODS, RadialConfig, load_config
+from fastdiff.methods import METHODS, ClearConfig, NeighborhoodConfig, RadialConfig, load_config
 from fastdiff.methods.planner import PlanCache, Planner
 from fastdiff.methods.radial import disc_limits
 from fastdiff.methods.radial_reference import block_mask
@@ -224,6 +224,14 @@ def test_for_density_names_the_floor():
     for bad in (0, -1, 1.5, "0.3", True):
         with pytest.raises(InvalidInputError, match="density is"):
             RadialConfig.for_density(bad, Grid(9, 16, 16))
+
+
+@pytest.mark.parametrize("kind", [RadialConfig, NeighborhoodConfig, ClearConfig])
+def test_a_floor_above_that_of_dense_attention_is_not_to_be_asked_for(kind):
+    with pytest.raises(
+        InvalidInputError, match=r"which is [\d.]+ with .*; dense attention computes less; .* block_size"
+    ):
+        kind.for_density(0.5, Grid(1, 5, 5))
 
 
 @pytest.mark.parametrize(

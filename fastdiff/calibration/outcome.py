@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdiff.methods.base import below_floor
 from fastdiff.methods.paro_file import BLOCK, LayerMasks, pack
 from fastdiff_kernels import InvalidInputError
 from fastdiff_kernels.errors import NotFiniteError
@@ -61,10 +62,8 @@ def check_floor(records: Mapping[int, LayerRecord], density: float) -> None:
     floor = _mean(floors, records)
     if density < floor:
         grids = sorted({str(record.grid) for record in records.values()})
-        raise InvalidInputError(
-            f"density {density:g} is below the floor of paro on a grid of {', '.join(grids)}, which is {floor:.4f}: "
-            "each query keeps its own block, and text all. Ask for that or more, or use more tokens."
-        )
+        kept = "where each query keeps its own block, and text all"
+        raise below_floor("paro", density, ", ".join(grids), floor, kept, "use more tokens")
 
 
 def choose_orders(record: LayerRecord, settings: CalibrationSettings) -> ChosenOrders:

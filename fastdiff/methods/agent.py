@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fastdiff_kernels import AgentPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
 from fastdiff_kernels.agent_spans import AgentSpans
 
-from .base import MethodConfig, check_choice, check_density, check_number, is_whole, largest_within
+from .base import MethodConfig, below_floor, check_choice, check_density, check_number, is_whole, largest_within
 
 if TYPE_CHECKING:
     from .agent_planner import AgentPlanner
@@ -239,10 +239,7 @@ class AgentConfig(MethodConfig):
 
         if floor > density:
             text = f" and {text_tokens} text tokens" if text_tokens else ""
-            raise InvalidInputError(
-                f"density {density:g} is below the floor of agent on a grid of {grid}{text}, which is {floor:.4f} with "
-                "one agent; ask for that or more."
-            )
+            raise below_floor(cls.method, density, f"{grid}{text}", floor, "with one agent", "use more tokens")
         return cls(1 + largest_within(grid.tokens, fits), **settings)
 
 

@@ -151,6 +151,21 @@ def check_density(value: Any) -> None:
     check_share("density", value)
 
 
+def below_floor(method: str, density: float, where: object, floor: float, kept: str, instead: str) -> InvalidInputError:
+    """What to raise where a method computes more than a density allows, whatever its settings.
+
+    Args:
+        where: The grid, and the text if it counts.
+        floor: The lowest density that the method has there.
+        kept: What that is computed with.
+        instead: What lowers it.
+    """
+    ask = f"ask for that or more, or {instead}" if floor <= 1 else f"dense attention computes less; {instead}"
+    return InvalidInputError(
+        f"density {density:g} is below the floor of {method} on a grid of {where}, which is {floor:.4f} {kept}; {ask}."
+    )
+
+
 def largest_within(steps: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to `steps` that fits, where 0 does and smaller ones fit if larger ones do."""
     low, high = 0, steps

@@ -15,6 +15,7 @@ from fastdiff_kernels.ball import choose_order
 from .base import (
     BLOCK_SIZES,
     MethodConfig,
+    below_floor,
     block_on,
     check_choice,
     check_density,
@@ -178,8 +179,6 @@ class ClearConfig(MethodConfig):
 
         if reached(0) > density:
             advice = "a smaller block_size" if settings.get("pool_factor") is None else "a larger pool_factor"
-            raise InvalidInputError(
-                f"density {density:g} is below the floor of clear on a grid of {grid}, which is {reached(0):.4f} with "
-                f"blocks of {config(0).block_for(grid)}; ask for that or more, or give {advice}."
-            )
+            blocks = f"with blocks of {config(0).block_for(grid)}"
+            raise below_floor(cls.method, density, grid, reached(0), blocks, f"give {advice}")
         return config(largest_within(steps, lambda step: reached(step) <= density))

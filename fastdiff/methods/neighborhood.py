@@ -14,7 +14,7 @@ from fastdiff_kernels.box import Axes, box_rule
 from fastdiff_kernels.order import GridOrder
 from fastdiff_kernels.walk import choose_order
 
-from .base import BLOCK_SIZES, MethodConfig, check_choice, check_density, is_whole, largest_within
+from .base import BLOCK_SIZES, MethodConfig, below_floor, check_choice, check_density, is_whole, largest_within
 from .neighborhood_axis import AxisSetting, scaled
 
 log = logging.getLogger("fastdiff")
@@ -214,10 +214,8 @@ class NeighborhoodConfig(MethodConfig):
             return config(step).build_plan(layout).density()
 
         if reached(0) > density:
-            raise InvalidInputError(
-                f"density {density:g} is below the floor of neighborhood on a grid of {grid}, which is "
-                f"{reached(0):.4f}; ask for that or more, or give a smaller block_size."
-            )
+            kept = "with the smallest window"
+            raise below_floor(cls.method, density, grid, reached(0), kept, "give a smaller block_size")
         return config(largest_within(longest, lambda step: reached(step) <= density))
 
     def axes(self, grid: Grid) -> Axes:

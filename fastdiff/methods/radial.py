@@ -9,7 +9,16 @@ import torch
 
 from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, Rule, TokenLayout, centred, raster_order, snake_order
 
-from .base import BLOCK_SIZES, MethodConfig, block_on, check_choice, check_density, check_number, largest_within
+from .base import (
+    BLOCK_SIZES,
+    MethodConfig,
+    below_floor,
+    block_on,
+    check_choice,
+    check_density,
+    check_number,
+    largest_within,
+)
 from .radial_reference import reference_plan
 
 MODES = ("tiled", "raster", "reference")
@@ -138,10 +147,8 @@ class RadialConfig(MethodConfig):
                     return replace(config, **{name: largest_within(_STEPS, within) / _STEPS})
                 config = lowest
         floor = reached(config)
-        raise InvalidInputError(
-            f"density {density:g} is below the floor of radial on a grid of {grid}, which is {floor:.4f} with blocks "
-            f"of {config.block_for(grid)}; ask for that or more, use more frames, or a smaller block_size."
-        )
+        blocks, instead = f"with blocks of {config.block_for(grid)}", "use more frames or a smaller block_size"
+        raise below_floor(cls.method, density, grid, floor, blocks, instead)
 
 
 def disc_limits(grid: Grid, widths: torch.Tensor) -> torch.Tensor:
