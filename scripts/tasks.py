@@ -31,6 +31,7 @@ SEES_DIFFUSERS = (
     "cli",
     "cli_pictures",
     "families",
+    "family_batches",
     "image_families",
     "image_pipelines",
     "import_hygiene",
