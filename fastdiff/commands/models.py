@@ -18,9 +18,9 @@ def models(
     ] = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """List the models that can be patched, their methods, and tests.
+    """List the models that can be patched, and their methods.
 
-    Tests run small models of each class with random weights. Other models work too, if layout= describes them.
+    And what tests have shown: they run small models of each class with random weights. Other models work too, if layout= describes them.
 
     \b
     Examples:

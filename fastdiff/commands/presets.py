@@ -8,7 +8,7 @@ from . import options as o
 
 
 def presets(as_json: o.AsJson = False) -> None:
-    """List published settings by model family, each with its source.
+    """List published settings, each with its source.
 
     generate and compare take one with --preset NAME; fastdiff.apply(pipe, "radial") takes the first of a method's that
     fits the pipeline.
