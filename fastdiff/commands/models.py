@@ -20,7 +20,8 @@ def models(
 ) -> None:
     """List the models that can be patched, and their methods.
 
-    And what tests have shown: they run small models of each class with random weights. Other models work too, if layout= describes them.
+    And what tests have shown: they run small models of each class with random weights. Other models work too, if
+    layout= describes them.
 
     \b
     Examples:
