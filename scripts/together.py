@@ -1,7 +1,7 @@
 """What fastdiff works together with, by test: runs the tests marked `together` and writes results/together.json.
 
-    python scripts/together.py                # then: python3 scripts/readme_tables.py
-    python scripts/together.py -k caches      # options go to pytest; nothing is written for some of the tests
+    python scripts/together.py               # then: python3 scripts/readme_tables.py
+    python scripts/together.py --output /tmp/together.json -k caches     # options go to pytest
 
 A row is green if its tests passed, red if one failed, and not run if all were skipped. Exit code 1 if one is red.
 """
@@ -64,25 +64,20 @@ def outcome(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "together.json")
+    parser.add_argument("--output", type=Path)
     options, rest = parser.parse_known_args(arguments)
     rows = Rows()
-    files = sorted(
-        {
-            str(path)
-            for path in (ROOT / "tests").glob("test_*.py")
-            if "mark.together" in path.read_text(encoding="utf-8")
-        }
-    )
+    tests = (ROOT / "tests").glob("test_*.py")
+    files = sorted(str(path) for path in tests if "mark.together" in path.read_text(encoding="utf-8"))
     code = pytest.main(["-q", "--rootdir", str(ROOT), "-m", "together", *files, *rest], plugins=[rows])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not rows.rows:
         return 2
-    if rest:
-        sys.stderr.write("together: nothing is written, because options chose the tests.\n")
+    if rest and options.output is None:
+        sys.stderr.write("together: nothing is written, because options chose the tests; give --output.\n")
         return int(code)
     found = conditions("cuda" if torch.cuda.is_available() else "cpu", None)
     found["versions"] |= {name: version(name) for name in PACKAGES}
-    write_json(options.output, {**found, "rows": rows.outcomes()})
+    write_json(options.output or ROOT / "results" / "together.json", {**found, "rows": rows.outcomes()})
     return int(any(outcome(row) == "red" for row in rows.rows.values()))
 
 

@@ -1,7 +1,10 @@
 """scripts/together.py says what a run of tests found, and readme_together.py writes it."""
 
+import json
 import sys
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -43,6 +46,21 @@ def test_skipped():
 def test_of_something_else():
     assert False
 """
+
+
+def test_some_of_the_tests_are_written_only_where_one_says(tmp_path, monkeypatch, capsys):
+    def run(arguments, plugins):
+        (rows,) = plugins
+        rows.rows["sun"] = {"name": "sun", "passed": 1, "failed": [], "skipped": {}}
+        return pytest.ExitCode.OK
+
+    monkeypatch.setattr(together.pytest, "main", run)
+    monkeypatch.setattr(together, "ROOT", tmp_path)
+    assert together.main(["-k", "sun"]) == 0
+    assert "give --output" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert together.main(["-k", "sun", "--output", str(tmp_path / "some.json")]) == 0
+    assert json.loads((tmp_path / "some.json").read_text())["rows"][0]["outcome"] == "green"
 
 
 def test_rows_of_a_run(pytester):
