@@ -50,12 +50,8 @@ def _same_layout(config: Any, layout: TokenLayout, name: str) -> TokenLayout:
     return layout
 
 
-def _same_processor(processor: Any) -> Any:
-    return processor
-
-
-def _same_mask(mask: Any) -> Any:
-    return mask
+def _same(value: Any) -> Any:
+    return value
 
 
 def _no_rotary(arguments: Mapping[str, Any]) -> Table | None:
@@ -106,8 +102,8 @@ class Family:
     query_norms: tuple[str, ...] = ()
     heads_first: bool = False
     rotary: Callable[[Mapping[str, Any]], Table | None] = _no_rotary
-    mask: Callable[[Any], Any] = _same_mask
-    processor: Callable[[Any], Any] = _same_processor
+    mask: Callable[[Any], Any] = _same
+    processor: Callable[[Any], Any] = _same
 
     @property
     def by_length(self) -> bool:
