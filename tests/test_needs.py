@@ -69,6 +69,19 @@ def test_the_query_before_rope_becomes_the_query(name):
         torch.testing.assert_close(rotated(found["pre_rope_query"], *found["rotary"]), found["query"])
 
 
+@pytest.mark.parametrize("end", ["remove", "a dense forward"])
+def test_the_input_of_a_block_that_skips_its_attention_is_let_go(end, monkeypatch):
+    model = tiny_wan(layers=1)
+    put_on(model, Watching(needs=frozenset({"block_input"})))
+    attached, attention = find(model), model.blocks[0].attn1
+    (layer,) = attached.layers
+    monkeypatch.setattr(attention, "forward", lambda hidden, *args, **kwargs: hidden)
+    run(model, model_inputs())
+    assert layer.block_input is not None
+    attached.remove() if end == "remove" else layer.prepare(None)
+    assert layer.block_input is None
+
+
 def test_a_processor_that_skips_the_norm_is_refused():
     class Skips(FluxAttnProcessor):
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):

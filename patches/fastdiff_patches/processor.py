@@ -80,7 +80,8 @@ class Layer:
 
     def retire(self) -> None:
         """Unbinds the layer: a processor that still holds it raises when it is called."""
-        self.plan, self.active, self.ready = None, False, False
+        self.plan = self.block_input = None
+        self.active = self.ready = False
 
     def takes(self, queries: int, keys: int, parallel: Any = None) -> bool:
         """Whether the running call is for us; IP-adapters attend to their own keys in the same processor."""
