@@ -13,7 +13,7 @@ from fastdiff.bench import kernels, record, rivals, shapes
 from fastdiff.bench.architectures import ARCHITECTURES
 from fastdiff.bench.breakdown import add_up
 from fastdiff.bench.models import BUILDERS, ModelBench, depths, scaled
-from fastdiff.bench.published import Draw, wan_inputs
+from fastdiff.bench.published_models import Draw, wan_inputs
 from fastdiff.bench.truth import check_agents, check_gradients, check_output
 from fastdiff.commands import bench
 from fastdiff.methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, build_plan

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdiff_kernels import Grid
 
-from . import published
+from . import published_models
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Architecture:
     what: str
     kind: str
     config: dict[str, Any]
-    inputs: Callable[[published.Draw], published.Inputs]
+    inputs: Callable[[published_models.Draw], published_models.Inputs]
     grid: Grid
     heads: int
     head_dim: int
@@ -96,8 +96,8 @@ def _flux_at(name: str, side: int) -> Architecture:
         name,
         what,
         "FluxTransformer2DModel",
-        published.FLUX,
-        published.flux_inputs(grid),
+        published_models.FLUX,
+        published_models.flux_inputs(grid),
         grid,
         24,
         128,
@@ -111,19 +111,28 @@ def _wan_at(name: str, what: str, config: dict[str, Any], grid: Grid) -> Archite
     heads = config["num_attention_heads"]
     lists = {"blocks": "num_layers"}
     return Architecture(
-        name, what, "WanTransformer3DModel", config, published.wan_inputs(grid), grid, heads, 128, _VIDEO, layers=lists
+        name,
+        what,
+        "WanTransformer3DModel",
+        config,
+        published_models.wan_inputs(grid),
+        grid,
+        heads,
+        128,
+        _VIDEO,
+        layers=lists,
     )
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    _wan_at("wan-14b", "Wan2.1-14B, 81 frames of 1280x720", published.WAN_14B, _LARGE),
-    _wan_at("wan-1.3b", "Wan2.1-1.3B, 81 frames of 832x480", published.WAN_1B, _SMALL),
+    _wan_at("wan-14b", "Wan2.1-14B, 81 frames of 1280x720", published_models.WAN_14B, _LARGE),
+    _wan_at("wan-1.3b", "Wan2.1-1.3B, 81 frames of 832x480", published_models.WAN_1B, _SMALL),
     Architecture(
         "hunyuan",
         "HunyuanVideo, 129 frames of 1280x720",
         "HunyuanVideoTransformer3DModel",
-        published.HUNYUAN,
-        published.hunyuan_inputs,
+        published_models.HUNYUAN,
+        published_models.hunyuan_inputs,
         Grid(33, 45, 80),
         24,
         128,
@@ -135,8 +144,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "cogvideox",
         "CogVideoX-5B, 49 frames of 720x480",
         "CogVideoXTransformer3DModel",
-        published.COGVIDEOX,
-        published.cogvideox_inputs,
+        published_models.COGVIDEOX,
+        published_models.cogvideox_inputs,
         Grid(13, 30, 45),
         48,
         64,
@@ -148,13 +157,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "mochi",
         "Mochi 1, 163 frames of 848x480",
         "MochiTransformer3DModel",
-        published.MOCHI,
-        published.mochi_inputs,
+        published_models.MOCHI,
+        published_models.mochi_inputs,
         Grid(28, 30, 53),
         24,
         128,
         _VIDEO,
-        published.WORDS,
+        published_models.WORDS,
         _BLOCKS,
     ),
     _flux_at("flux", 64),
@@ -163,8 +172,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "sdxl",
         "SDXL, 1024x1024",
         "UNet2DConditionModel",
-        published.SDXL,
-        published.sdxl_inputs,
+        published_models.SDXL,
+        published_models.sdxl_inputs,
         Grid(1, 64, 64),
         10,
         64,

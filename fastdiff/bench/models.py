@@ -26,7 +26,7 @@ from fastdiff_patches.families import find_family
 from .architectures import Architecture
 from .breakdown import PARTS, breakdown
 from .kernels import name_of
-from .published import Draw
+from .published_models import Draw
 from .record import milliseconds
 from .rivals import SDPA_BACKENDS, dense_kernels, why_missing
 

@@ -148,8 +148,7 @@ def _dense_steps(request: Request, job: Job, config: Any) -> int | list[int]:
     if request.dense_steps is not None:
         DenseSchedule(request.dense_steps).check_steps(job.steps)
         return request.dense_steps
-    # Agents are meant for the first steps, and their config says which; rules say which steps are dense.
-    return 0 if config.method in ("agent", "rules") else round(defaults_for(request.model).dense_share * job.steps)
+    return 0 if config.says_dense_steps else round(defaults_for(request.model).dense_share * job.steps)
 
 
 def _described(pipe: Any, job: Job, config: Any, kept: dict[str, Any]) -> SparseAttention:

@@ -129,6 +129,7 @@ def _run(
     from .screen import results_only_on_stdout, stage
 
     with staged(output.parent, [output.name]):
+        # What cannot be written shows before minutes of measuring.
         pass
     records: list[dict[str, Any]] = []
     for some in chosen:

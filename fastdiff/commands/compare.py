@@ -94,6 +94,7 @@ def _run(request: o.Request, output: Path) -> dict[str, Any]:
         check_room(output, 2 * job.pixel_bytes + beside_bytes(job))
         config = config_for(pipe, request, job, folder / CALIBRATION)
         with sparse_attention(pipe, request, job, config) as sparse:
+            # What the method refuses shows before the dense run.
             pass
         with stage("Warming up"):
             warm_up(pipe, job)

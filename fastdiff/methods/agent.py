@@ -152,6 +152,10 @@ class AgentConfig(MethodConfig):
             )
         return False
 
+    @property
+    def says_dense_steps(self) -> bool:
+        return True
+
     def in_one_step(self) -> tuple[AgentConfig, ...]:
         # A run of one step has no early and no late part.
         return (replace(self, steps=(0.0, 1.0)),)

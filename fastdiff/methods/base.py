@@ -45,6 +45,11 @@ class MethodConfig(ABC):
         """Whether a plan depends on the denoising step; then a pipeline must be there to tell it."""
         return False
 
+    @property
+    def says_dense_steps(self) -> bool:
+        """Whether the settings themselves say in which steps the method acts, so that a default should add none."""
+        return False
+
     def at(
         self, layer: int, layers: int | None = None, step: int | None = None, steps: int | None = None
     ) -> MethodConfig | None:

@@ -132,6 +132,10 @@ class RulesConfig(MethodConfig):
     def uses_steps(self) -> bool:
         return any(rule.steps is not None for rule in self.rules) or any(part.uses_steps for part in self.parts)
 
+    @property
+    def says_dense_steps(self) -> bool:
+        return True
+
     def at(
         self, layer: int, layers: int | None = None, step: int | None = None, steps: int | None = None
     ) -> MethodConfig | None:

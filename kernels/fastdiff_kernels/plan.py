@@ -6,7 +6,6 @@ import itertools
 import weakref
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from .rule import Rule, RuleKind, classify, pairs_visible
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 _numbers = itertools.count(1)
-_plans: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_plans: weakref.WeakValueDictionary[int, BlockPlan] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +56,11 @@ class BlockPlan:
                 f"{len(self.bits)} were given."
             )
         object.__setattr__(self, "launch_order", longest_first(self.full, self.partial))
-        object.__setattr__(self, "handle", new_handle(self))
+        number = next(_numbers)
+        # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
+        with torch.inference_mode(False):
+            object.__setattr__(self, "handle", torch.tensor(number))
+        _plans[number] = self
 
     def __repr__(self) -> str:
         blocks = f"{self.query_blocks}x{self.key_blocks} blocks of {self.query.block}x{self.key.block}"
@@ -283,15 +286,6 @@ class BlockPlan:
         return (words[:, None, None] >> place & 1).bool()
 
 
-def new_handle(plan: Any) -> torch.Tensor:
-    """A number for a plan of any kind, which `plan_of` finds as long as the plan lives."""
-    number = next(_numbers)
-    _plans[number] = plan
-    # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
-    with torch.inference_mode(False):
-        return torch.tensor(number)
-
-
 def _may_see(query: Side, key: Side) -> torch.Tensor:
     """Pairs of blocks with a span on one side that a span on the other sees, bool `[1 or heads, queries, keys]`."""
     seen = _bits_of_blocks(query.table[..., 3] | query.table[..., 4], query.block)
@@ -307,7 +301,7 @@ def _bits_of_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:
     return found
 
 
-def plan_of(handle: torch.Tensor) -> Any:
+def plan_of(handle: torch.Tensor) -> BlockPlan:
     """The plan that a handle names.
 
     Raises:
@@ -315,7 +309,7 @@ def plan_of(handle: torch.Tensor) -> Any:
     """
     plan = _plans.get(int(handle))
     if plan is None:
-        raise InvalidInputError(f"plan {int(handle)} no longer exists; keep the plan alive while it is in use.")
+        raise InvalidInputError(f"plan {int(handle)} no longer exists; keep the BlockPlan alive while it is in use.")
     return plan
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,19 +34,17 @@ def _lumina2_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     return found[0], 0
 
 
-def _shared_rotary(turns: torch.Tensor, mask: torch.Tensor | None) -> Table:
+def _shared_rotary(arguments: Mapping[str, Any], name: str) -> Table | None:
+    turns = arguments.get(name)
+    if turns is None:
+        return None
     # Without a mask all samples have the same lengths, hence positions.
-    if len(turns) > 1 and mask is not None:
+    if len(turns) > 1 and arguments.get("attention_mask") is not None:
         raise UnsupportedError(
             "the method needs one table of RoPE and prompts of different lengths give each sample of the batch its "
             "own; run them one by one."
         )
     return interleaved(turns[0])
-
-
-def _lumina2_rotary(arguments: Mapping[str, Any]) -> Table | None:
-    turns = arguments.get("image_rotary_emb")
-    return None if turns is None else _shared_rotary(turns, arguments.get("attention_mask"))
 
 
 _LUMINA2 = Family(
@@ -55,7 +54,7 @@ _LUMINA2 = Family(
     usual_text=(256, 0),
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
-    rotary=_lumina2_rotary,
+    rotary=partial(_shared_rotary, name="image_rotary_emb"),
 )
 
 _MULTIPLE = 32
@@ -95,11 +94,6 @@ def _z_image_text(config: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     return 0, padding + max(len(text) + -len(text) % _MULTIPLE for text in texts)
 
 
-def _z_image_rotary(arguments: Mapping[str, Any]) -> Table | None:
-    turns = arguments.get("freqs_cis")
-    return None if turns is None else _shared_rotary(turns, arguments.get("attention_mask"))
-
-
 _Z_IMAGE = Family(
     "z-image",
     re.compile(r"layers\.\d+\.attention"),
@@ -109,7 +103,7 @@ _Z_IMAGE = Family(
     latents="x",
     supplies=frozenset(NEEDS),
     query_norms=("norm_q",),
-    rotary=_z_image_rotary,
+    rotary=partial(_shared_rotary, name="freqs_cis"),
 )
 
 
