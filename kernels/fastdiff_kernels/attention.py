@@ -110,10 +110,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
 
 def _check_guest(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "fa4":
-        from .export import fa4_version
+        from .export import require_fa4
 
-        if fa4_version() is None:
-            raise MissingDependencyError("backend 'fa4' needs FlashAttention-4: pip install flash-attn-4.")
+        require_fa4()
     devices = {"flex": ("cuda", "cpu"), "fa4": ("cuda",)}[backend]
     dtypes = {"flex": TRITON_DTYPES, "fa4": (torch.float16, torch.bfloat16)}[backend]
     if device.type not in devices or dtype not in dtypes:

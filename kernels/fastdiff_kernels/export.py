@@ -156,8 +156,7 @@ def fa4(q, k, v, plan: BlockPlan, scale: float, key_mask, return_lse: bool) -> t
         UnsupportedError: As `fa4_lists`, and for a key mask, a gradient, or code that is being compiled.
     """
     _refuse_tracing("fa4")
-    if fa4_version() is None:
-        raise MissingDependencyError("backend 'fa4' needs FlashAttention-4: pip install flash-attn-4.")
+    require_fa4()
     if key_mask is not None:
         raise UnsupportedError("backend 'fa4' takes no key_mask; use backend='triton'.")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -180,6 +179,12 @@ def fa4_version() -> str | None:
         return importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def require_fa4() -> None:
+    """Raises MissingDependencyError where FlashAttention-4 is not installed."""
+    if fa4_version() is None:
+        raise MissingDependencyError("backend 'fa4' needs FlashAttention-4: pip install flash-attn-4.")
 
 
 def _refuse_tracing(backend: str) -> None:
