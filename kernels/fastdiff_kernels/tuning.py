@@ -100,7 +100,7 @@ def hopper_kernel(device: torch.device) -> ModuleType | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         # The interpreter has no Gluon.
         return None
-    return _load("hopper")
+    return _load_hopper()
 
 
 def hopper_backward(device: torch.device) -> ModuleType | None:
@@ -110,10 +110,19 @@ def hopper_backward(device: torch.device) -> ModuleType | None:
     FASTDIFF_HOPPER_BACKWARD=1 in the environment.
     """
     asked = os.environ.get("FASTDIFF_HOPPER_BACKWARD") == "1"
-    return _load("hopper_backward") if asked and hopper_kernel(device) is not None else None
+    return _load_hopper_backward() if asked and hopper_kernel(device) is not None else None
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
+def _load_hopper() -> ModuleType | None:
+    return _load("hopper")
+
+
+@lru_cache(maxsize=1)
+def _load_hopper_backward() -> ModuleType | None:
+    return _load("hopper_backward")
+
+
 def _load(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(f".{name}", __package__)
