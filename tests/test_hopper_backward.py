@@ -90,4 +90,3 @@ def test_other_calls_are_left_to_the_portable_kernels(asked):
     assert not kernels.fits(query.float(), plan, None)
     assert not kernels.fits(query[..., :96], plan, None)
     assert not kernels.fits(query, plans()["metric"].to("cuda"), None)
-    assert not kernels.fits(query, plans()["small whole blocks"].to("cuda"), None)

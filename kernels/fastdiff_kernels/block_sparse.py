@@ -27,7 +27,7 @@ from .tuning import forward_tile, shared_memory_of
 _METRIC, _BOX, BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
 _DISC, _MIXED_BITS = tl.constexpr(DISC), tl.constexpr(MIXED_BITS)
 _METRIC_HEADER, _BOX_PARAMETERS = tl.constexpr(METRIC_HEADER), tl.constexpr(BOX_PARAMETERS)
-_LN2 = tl.constexpr(math.log(2))
+_LN2, _SIGN = tl.constexpr(math.log(2)), tl.constexpr(-(2**31))
 # What differs from call to call. Triton would compile a kernel anew for counts of 1, multiples of 16, and others.
 COUNTS = ("heads", "q_tokens", "q_blocks", "list_step")
 
@@ -50,11 +50,11 @@ def word_of(bits, entry, RULE: tl.constexpr):
 
 
 @triton.jit
-def pairs_seen(
+def pairs_hidden(
     q_table, k_table, q_slots, k_slots, block, rule, word,
     RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEYS_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """Which pairs of a tile of the partial key block `block` are computed, bool [queries, keys]; see kernel_rule.py.
+    """0 where a pair of a tile of the partial key block `block` is computed, int32 [queries, keys]; see kernel_rule.py.
 
     With KEYS_FIRST the tile is [keys, queries].
     """
@@ -64,25 +64,28 @@ def pairs_seen(
         first = _of_queries(tl.where(sees_all, 0 - guards, tl.load(q_table + q_slots * 3)), KEYS_FIRST)
         last = _of_queries(tl.where(sees_all, tl.load(rule + 1), tl.load(q_table + q_slots * 3 + 1)), KEYS_FIRST)
         key = _of_keys(tl.load(k_table + k_slots), KEYS_FIRST)
-        return ((key - first) & (last - key) & guards) == guards
+        return ((key - first) & (last - key) & guards) ^ guards
     elif RULE >= _DISC:
         axes: tl.constexpr = RULE - _DISC + 2
         q_table += q_slots * (axes + 2)
-        k_table += k_slots * (axes + 1)
-        sees_all = (tl.load(q_table + axes + 1) & tl.load(rule + block)) != 0
+        column = tl.multiple_of(tl.load(rule), 16)
+        sees_all = (tl.load(q_table + axes + 1) & tl.load(rule + 1 + block)) != 0
         # Between any place on the grid and padding.
         limit = tl.where(sees_all, 1e20, tl.load(q_table + axes).to(tl.float32, bitcast=True))
-        near = _of_keys(tl.load(k_table).to(tl.float32, bitcast=True), KEYS_FIRST)
+        excess = _of_keys(tl.load(k_table + k_slots).to(tl.float32, bitcast=True), KEYS_FIRST)
+        excess = excess - _of_queries(limit, KEYS_FIRST)
         for axis in tl.static_range(axes):
             place = tl.where(sees_all, 0.0, tl.load(q_table + axis).to(tl.float32, bitcast=True))
-            k_place = tl.load(k_table + 1 + axis).to(tl.float32, bitcast=True)
-            near = near + _of_queries(place, KEYS_FIRST) * _of_keys(k_place, KEYS_FIRST)
-        return near < _of_queries(limit, KEYS_FIRST)
+            k_place = tl.load(k_table + (1 + axis) * column + k_slots).to(tl.float32, bitcast=True)
+            excess = excess + _of_queries(place, KEYS_FIRST) * _of_keys(k_place, KEYS_FIRST)
+        return (excess.to(tl.int32, bitcast=True) ^ -1) & _SIGN
     elif RULE == BITS:
         span = tl.load(rule + block)
         ruled = tl.where((tl.load(q_table + q_slots * 3 + 1) & span) != 0, word >> tl.load(q_table + q_slots * 3), 0)
         seen = tl.where((tl.load(q_table + q_slots * 3 + 2) & span) != 0, -1, ruled)
-        return (_of_queries(seen, KEYS_FIRST) & _of_keys(tl.load(k_table + k_slots), KEYS_FIRST)) != 0
+        # The highest bit is that of padding.
+        hidden = (seen & 0x7FFFFFFF) ^ -1
+        return _of_queries(hidden, KEYS_FIRST) & _of_keys(tl.load(k_table + k_slots), KEYS_FIRST)
     else:
         span = _of_keys(tl.load(k_table + k_slots * 5 + 3), KEYS_FIRST)
         whole = (_of_queries(tl.load(q_table + q_slots * 5 + 3), KEYS_FIRST) & span) != 0
@@ -104,7 +107,19 @@ def pairs_seen(
             place = _of_queries((q_slots % BLOCK_Q) // query_side * columns, KEYS_FIRST)
             place += _of_keys((k_slots % BLOCK_K) // key_side, KEYS_FIRST)
             holds = holds & (((word >> place) & 1) != 0)
-        return whole | holds
+        return tl.where(whole | holds, 0, 1)
+
+
+@triton.jit
+def pairs_seen(
+    q_table, k_table, q_slots, k_slots, block, rule, word,
+    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KEYS_FIRST: tl.constexpr = False,
+):  # fmt: skip
+    """The pairs that are computed, as bool."""
+    hidden = pairs_hidden(
+        q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK_Q, BLOCK_K, KEYS_FIRST
+    )  # fmt: skip
+    return hidden == 0
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_sparse import COUNTS, head_step, pairs_seen, word_of
+from .block_sparse import COUNTS, head_step, pairs_hidden, word_of
 from .plan import BlockPlan
 from .reorder import gather
 
@@ -73,6 +73,19 @@ def _softmax(scores, row_max, row_sum, scale_log2, PARTIAL: gl.constexpr):
 
 
 @gluon.jit
+def _before_waiting(row_sum):
+    """Keeps the exponentials, whose sum this is, before the wait that follows.
+
+    ptxas moves a wait up as far as nothing holds it, and a group would then do its softmax when the tensor cores are
+    done instead of meanwhile. A branch holds it; no sum is negative, so the fence behind it never runs.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred never; setp.lt.f32 never, $1, 0f00000000; @never fence.proxy.async.shared::cta; "
+        "mov.b32 $0, $1; }", "=f,f", [row_sum], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _hide(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.constexpr):
     """Scores of the n-th tile of partial blocks, -inf where the rule does not hold."""
     keys: gl.constexpr = scores.type.shape[1]
@@ -80,8 +93,12 @@ def _hide(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.co
     block = gl.load(indices + n // parts)
     k_slots = block * 128 + n % parts * keys + gl.arange(0, keys, layout=gl.SliceLayout(0, scores.type.layout))
     word = word_of(bits, n // parts, RULE)
-    visible = pairs_seen(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128)
-    return gl.where(visible, scores, float("-inf"))
+    hidden = pairs_hidden(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128)
+    # As `gl.where` LLVM would pack the comparisons of a thread into words, and take those apart again.
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred seen; setp.eq.s32 seen, $2, 0; selp.f32 $0, $1, 0fFF800000, seen; }", "=f,f,r", [scores, hidden],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -133,6 +150,7 @@ def _steps(
         if PARTIAL:
             scores = _hide(scores, place + n, q_slots, q_table, k_table, indices, rule, bits, RULE)
         weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, PARTIAL)
+        row_sum = _before_waiting(row_sum)
         acc = hopper.warpgroup_mma_wait(0, deps=[sums])
         _give_back(v_empty, n - 1)
     return acc, weights, shrink, row_max, row_sum

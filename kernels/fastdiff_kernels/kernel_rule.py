@@ -13,8 +13,9 @@ Where every block of a plan lies in one span, its rules become shorter than the 
 
     query rows      BOX [first - guards, last + guards, spans seen whole], BITS [shift to its bits, spans seen by
                     the rule, spans seen whole], DISC and BALL [-2a y, -2b x, (-2c t,) r - N, spans seen whole]
-    key rows        BOX [word], BITS [mask], DISC and BALL [N, y, x(, t)]
-    parameters      BOX [guards, last + guards of a query that sees all], then for all the span of each key block
+    key rows        BOX [word], BITS [mask], DISC and BALL [N, y, x(, t)], these column by column
+    parameters      BOX [guards, last + guards of a query that sees all], DISC and BALL [length of a column], then for
+                    all the span of each key block
 
 Floats stand in the int32 tables bit for bit. All other plans keep their own tables and rule; BITS among them is
 MIXED_BITS.
@@ -39,11 +40,13 @@ BOX_PARAMETERS = 2
 # Largest whole number up to which float32 has all of them.
 _EXACT = 2**24
 _FAR = 1e30
+# The highest bit, which no sub-block has.
+_PADDING = -(2**31)
 
 
 @dataclass(frozen=True, eq=False)
 class KernelRule:
-    """What a kernel reads: the kind, and int32 tensors `[1 or heads, slots, n]`, the same, and `[m]`."""
+    """What a kernel reads: the kind, and int32 tensors `[1 or heads, slots, n]`, the same (or by column), and `[m]`."""
 
     kind: int
     query: torch.Tensor
@@ -69,7 +72,7 @@ def kernel_rule(plan: BlockPlan) -> KernelRule:
             "this BOX plan has blocks that hold tokens of several spans, which the Triton kernels do not take; pad "
             "spans to whole blocks (aligned=True), or use backend='torch'."
         )
-    if spans is not None and kind == RuleKind.BITS:
+    if spans is not None and kind == RuleKind.BITS and int(plan.rule.parameters[2]) < 32:
         return _bits(plan, spans)
     if spans is not None and kind == RuleKind.METRIC:
         places = torch.cat([side.table[..., :3].flatten(0, 1) for side in (plan.query, plan.key)])
@@ -176,7 +179,8 @@ def _ball(plan: BlockPlan, spans: torch.Tensor, last: tuple[int, int, int], ball
     columns = [-2 * a * y, -2 * b * x, *frames, r - a * y**2 - b * x**2 - c * t**2]
     query = [column.float().view(torch.int32) for column in columns] + [plan.query.table[..., 3]]
     key = [column.float().view(torch.int32) for column in (norm, k_y, k_x, *([k_t] if c else []))]
-    return KernelRule(BALL if c else DISC, torch.stack(query, -1), torch.stack(key, -1), spans)
+    parameters = torch.cat([spans.new_tensor([plan.key.slots]), spans])
+    return KernelRule(BALL if c else DISC, torch.stack(query, -1), torch.stack(key, 1), parameters)
 
 
 def _bits(plan: BlockPlan, spans: torch.Tensor) -> KernelRule:
@@ -184,5 +188,5 @@ def _bits(plan: BlockPlan, spans: torch.Tensor) -> KernelRule:
     row, column = (torch.arange(side.slots, device=spans.device) % side.block for side in (plan.query, plan.key))
     shift = (row // query_side * columns).to(torch.int32).expand(plan.query.table.shape[:2])
     query = torch.stack([shift, plan.query.table[..., 4], plan.query.table[..., 3]], -1)
-    mask = torch.where(plan.key.table[..., 3] != 0, 1 << column // key_side, 0)
+    mask = torch.where(plan.key.table[..., 3] != 0, 1 << column // key_side, _PADDING)
     return KernelRule(int(RuleKind.BITS), query, mask[..., None].to(torch.int32), spans)
