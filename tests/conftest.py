@@ -15,6 +15,8 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# Convolutions in full float32, so that what differs is the attention.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_addoption(parser):
@@ -29,6 +31,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(needs_gpu)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(needs_time)
+        # Reports carry them, from the processes of pytest-xdist too; scripts/together.py gathers them.
+        item.user_properties += [("together", marker.args[0]) for marker in item.iter_markers("together")]
 
 
 @pytest.fixture

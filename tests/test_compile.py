@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_planner import UsingPlanner, put_on
-from tiny_models import compile_as, forward, tiny_wan_pipeline, video
+from tiny_models import compile_as, forward, model_inputs, moved, tiny_wan_pipeline, video
 from tiny_picture_models import picture, tiny_flux_pipeline, tiny_sd_pipeline
 
 import fastdiff
@@ -12,7 +12,10 @@ from fastdiff_patches.planner import NEEDS
 
 torch.set_num_threads(1)
 
+COMPILE = "torch.compile and compile_repeated_blocks(fullgraph=True), no recompiles over steps"
 NARROW = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=32)
+# Needs more of a layer than query, key and value.
+AGENTS = fastdiff.AgentConfig(12, steps=(0.0, 1.0))
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,8 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.together("torch.compile and compile_repeated_blocks(fullgraph=True), no recompiles over steps")
+@pytest.mark.together(COMPILE)
+@pytest.mark.parametrize("config", [NARROW, AGENTS], ids=["radial", "agent"])
 @pytest.mark.parametrize(
     ("way", "backend", "layers", "mixed_graphs"),
     [
@@ -35,23 +39,46 @@ def graphs() -> int:
         ("model.compile", "aot_eager", 2, 3),
         ("blocks", "eager", 12, 2),
         ("blocks", "aot_eager", 12, 2),
+        pytest.param("model.compile", "inductor", 2, 3, marks=pytest.mark.gpu),
+        pytest.param("blocks", "inductor", 12, 2, marks=pytest.mark.gpu),
     ],
 )
-def test_a_run(way, backend, layers, mixed_graphs):
-    pipe = tiny_wan_pipeline(layers=layers)
+def test_a_run(way, backend, layers, mixed_graphs, config):
+    pipe = tiny_wan_pipeline(layers=layers).to("cuda" if backend == "inductor" else "cpu")
     dense = video(pipe)
-    fastdiff.apply(pipe, NARROW)
+    fastdiff.apply(pipe, config)
     sparse = video(pipe)
     compile_as(pipe, way, backend)
     torch.testing.assert_close(video(pipe), sparse, atol=1e-4, rtol=1e-3)
     assert graphs() == 1
-    fastdiff.apply(pipe, NARROW, dense_steps=1, dense_layers=1)
+    fastdiff.apply(pipe, config, dense_steps=1, dense_layers=1)
     mixed = video(pipe)
     assert graphs() == mixed_graphs
     assert torch.equal(video(pipe), mixed)
     assert graphs() == mixed_graphs
     fastdiff.remove(pipe)
     torch.testing.assert_close(video(pipe), dense, atol=1e-4, rtol=1e-3)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.together(COMPILE)
+@pytest.mark.parametrize("config", [NARROW, AGENTS], ids=["radial", "agent"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_gradients(backend, config):
+    """Of both sparse blocks and a dense one, over two steps of training in as many graphs as there are kinds."""
+    device = "cuda" if backend == "inductor" else "cpu"
+    pipe = fastdiff.apply(tiny_wan_pipeline(layers=3).to(device), config, dense_layers=1)
+    model, found = pipe.transformer, []
+    for compiled in (False, True):
+        if compiled:
+            compile_as(pipe, "blocks", backend)
+        for seed in range(2):
+            model.zero_grad()
+            model(**moved(model_inputs(frames=5, height=12, width=20, seed=seed), device))[0].square().mean().backward()
+            found.append([block.attn1.to_q.weight.grad.clone() for block in model.blocks])
+    pairs = zip(sum(found[:2], []), sum(found[2:], []), strict=True)
+    assert all((other - one).abs().max() < 1e-4 * one.abs().max() for one, other in pairs)
+    assert graphs() == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -95,8 +95,8 @@ class TestOffloading:
     @pytest.mark.gpu
     def test_on_a_gpu(self, offload):
         cuda = torch.device("cuda")
-        expected = flux_picture(fastdiff.apply(tiny_flux_pipeline(), POOLED, backend="torch").to(cuda))
-        pipe = fastdiff.apply(tiny_flux_pipeline(), POOLED, backend="torch")
+        expected = flux_picture(fastdiff.apply(tiny_flux_pipeline(), POOLED).to(cuda))
+        pipe = fastdiff.apply(tiny_flux_pipeline(), POOLED)
         offload(pipe, cuda)
         torch.testing.assert_close(flux_picture(pipe), expected)
 
@@ -156,12 +156,16 @@ class TestDeviceMaps:
         torch.testing.assert_close(video(fastdiff.apply(again, RADIAL)), expected, atol=1e-4, rtol=1e-3)
 
     @pytest.mark.gpu
-    def test_blocks_on_two_devices(self):
+    @pytest.mark.parametrize(
+        "where",
+        ["cpu", pytest.param(1, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
+    )
+    def test_blocks_on_two_devices(self, where):
         accelerate = pytest.importorskip("accelerate")
         torch.manual_seed(0)
-        model = fastdiff.apply(tiny_wan(), RADIAL, backend="torch")
+        model = fastdiff.apply(tiny_wan(), RADIAL)
         expected = forward(model)
         places = {name: 0 for name, _ in model.named_children() if name != "blocks"}
         places |= {name: 0 for name, _ in model.named_parameters(recurse=False)}
-        accelerate.dispatch_model(model, places | {"blocks.0": 0, "blocks.1": "cpu"}, main_device=0)
+        accelerate.dispatch_model(model, places | {"blocks.0": 0, "blocks.1": where}, main_device=0)
         torch.testing.assert_close(forward(model).cpu(), expected, atol=1e-4, rtol=1e-3)

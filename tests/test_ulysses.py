@@ -1,4 +1,4 @@
-"""Context parallelism over two processes with gloo: the same as in one, or refused."""
+"""Context parallelism over two processes, with gloo on the CPU or NCCL on two GPUs: the same as in one, or refused."""
 
 import json
 import os
@@ -23,25 +23,30 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=TWO_GPUS)])
+def found(tmp_path_factory, request):
     # Once for all workers of pytest-xdist, whose folders are neighbours.
     folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ulysses"
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / request.param
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            processes.start_processes(ulysses_worker.work, (str(folder),), nprocs=2, start_method="spawn")
+            processes.start_processes(ulysses_worker.work, (str(folder), request.param), nprocs=2, start_method="spawn")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.together("context parallelism, Ulysses: two processes equal one")
 @pytest.mark.parametrize("name", [*(name for name in ulysses_worker.CASES if name not in REFUSED), "a pipeline"])
 def test_two_processes_make_what_one_makes(found, name):
+    # Half the tokens may meet other kernels for products than all do, which sum in another order.
+    near = 6e-3 if "half precision" in name else 5e-6
     for result in found:
-        assert result[name]["apart"] < 5e-6
-        assert result[name]["removed"] < 5e-6
-        assert result[name]["effect"] > 1e-3
+        assert result[name]["apart"] < near
+        assert result[name]["removed"] < near
+        assert result[name]["effect"] > max(1e-3, 2 * near)
 
 
 @pytest.mark.together("context parallelism, Ulysses: two processes equal one")

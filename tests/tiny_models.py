@@ -156,15 +156,24 @@ def model_inputs(
     }
 
 
+def moved(inputs: dict, device: str, dtype: torch.dtype = torch.float32) -> dict:
+    """Arguments of a forward with their tensors on a device, floating-point ones in a dtype."""
+
+    def move(x):
+        return x.to(device, dtype if x.is_floating_point() else None) if isinstance(x, torch.Tensor) else x
+
+    return {name: move(x) for name, x in inputs.items()}
+
+
 def video(pipe, **more) -> torch.Tensor:
     """Latents of a run of 3 steps on 3x6x10 tokens, the same whenever it is called."""
     return pipe(**call_arguments(**{"steps": 3, "height": 96, "width": 160, **more})).frames
 
 
-def forward(model, **more) -> torch.Tensor:
+def forward(model, device: str = "cpu", **more) -> torch.Tensor:
     """One forward on 5x6x10 tokens without gradients."""
     with torch.no_grad():
-        return model(**model_inputs(**{"frames": 5, "height": 12, "width": 20, **more}))[0]
+        return model(**moved(model_inputs(**{"frames": 5, "height": 12, "width": 20, **more}), device))[0]
 
 
 def compile_as(pipe, way: str, backend: str) -> None:

@@ -1,4 +1,7 @@
-"""What each of two processes runs for test_ulysses.py: models whole, then shared, and how far apart the two are."""
+"""What each of two processes runs for test_ulysses.py: models whole, then shared, and how far apart the two are.
+
+With gloo both work on the CPU, with NCCL each on a GPU of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 import torch.distributed as dist
 from fake_planner import FakePlanner, put_on
 from paro_plans import random_masks
-from tiny_models import model_inputs, tiny_wan, tiny_wan_pipeline, video
+from tiny_models import model_inputs, moved, tiny_wan, tiny_wan_pipeline, video
 from tiny_packed_models import packed_inputs, qwen_inputs, tiny_flux2, tiny_qwen
 from tiny_picture_models import flux_inputs, tiny_flux
 
@@ -20,10 +23,13 @@ import fastdiff
 from fastdiff.methods.paro import paro_plan
 from fastdiff.methods.planner import Planner
 
+# Of this process; `work` sets it.
+DEVICE = "cpu"
 RADIAL = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=32)
 NEAR = fastdiff.NeighborhoodConfig((3, 3), block_size=32)
 POOLED = fastdiff.ClearConfig(radius=2, pool_factor=2, block_size=32)
 RULES = fastdiff.RulesConfig([fastdiff.Rule(POOLED, layers="0"), fastdiff.Rule(NEAR)])
+LARGE = fastdiff.RadialConfig(decay_factor=0.0, near_width=0.0, sink=False, block_size=128)
 FLUX = {"height": 6, "width": 8, "text": 4}
 
 
@@ -37,6 +43,13 @@ def flux2_inputs(*size):
 CASES = {
     "wan": (tiny_wan, model_inputs(frames=4, height=12, width=20), RADIAL, {}),
     "wan, batch of 2": (tiny_wan, model_inputs(frames=4, height=12, width=20, batch=2), RADIAL, {}),
+    # Blocks, heads and a dtype for which Hopper GPUs have a kernel of their own.
+    "wan, half precision": (
+        lambda: tiny_wan(head_dim=64).half(),
+        moved(model_inputs(frames=4, height=24, width=40), "cpu", torch.float16),
+        LARGE,
+        {},
+    ),
     "flux": (tiny_flux, flux_inputs(**FLUX), NEAR, {}),
     "flux, pooled keys": (tiny_flux, flux_inputs(**FLUX), POOLED, {}),
     "flux, a reference image": (tiny_flux, flux_inputs(**FLUX, reference=(2, 3)), NEAR, {}),
@@ -93,7 +106,8 @@ def share(model, more):
 
 def compare(build, inputs, method, more) -> dict:
     torch.manual_seed(0)
-    model = build()
+    model = build().to(DEVICE)
+    inputs = moved(inputs, DEVICE, model.dtype)
     dense = run(model, inputs)
     put(model, method)
     whole = run(model, inputs)
@@ -112,7 +126,7 @@ def compare(build, inputs, method, more) -> dict:
 
 def pipeline() -> dict:
     """A whole run, whose first step is dense."""
-    pipe = tiny_wan_pipeline()
+    pipe = tiny_wan_pipeline().to(DEVICE)
     dense = video(pipe)
     whole = video(fastdiff.apply(pipe, RADIAL, dense_steps=1))
     share(pipe.transformer, {})
@@ -125,15 +139,15 @@ def pipeline() -> dict:
 def gradients(compiled: bool) -> dict:
     """Each process has the gradient of its tokens; together that of all."""
     torch.manual_seed(0)
-    model = fastdiff.apply(tiny_flux(), NEAR)
-    inputs = flux_inputs(**FLUX)
+    model = fastdiff.apply(tiny_flux().to(DEVICE), NEAR)
+    inputs = moved(flux_inputs(**FLUX), DEVICE)
     found = []
     for shared in (False, True):
         model.zero_grad()
         if shared:
             share(model, {})
             if compiled:
-                model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+                model.compile_repeated_blocks(fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
         model(**inputs)[0].square().mean().backward()
         # The last layer works on gathered tokens, and the embeddings of the timestep on none of the sequence's.
         block = model.single_transformer_blocks[0].attn
@@ -144,12 +158,18 @@ def gradients(compiled: bool) -> dict:
     return {"apart": max(((one - other).abs().max() / one.abs().max()).item() for one, other in pairs)}
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, backend: str) -> None:
+    global DEVICE
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     logging.disable(logging.WARNING)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    # diffusers counts accelerators to place the process, and a CPU is none.
-    torch.accelerator.device_count = lambda: 1
+    if backend == "nccl":
+        DEVICE = "cuda"
+        torch.cuda.set_device(rank)
+    else:
+        # diffusers counts accelerators to place the process, and a CPU is none.
+        torch.accelerator.device_count = lambda: 1
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {name: compare(*case) for name, case in CASES.items()}
     found["a pipeline"] = pipeline()
     found["gradients"] = gradients(False)
