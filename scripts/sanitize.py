@@ -83,7 +83,7 @@ CASES: dict[str, Callable[[], None]] = {
     "portable backward": lambda: attend(64, 64, "bfloat16", train=True, masked=True),
     "portable backward, float32": lambda: attend(40, 32, "float32", train=True),
     "128-blocks forward, head dim 128": lambda: attend(128, 128, "bfloat16", train=False),
-    "128-blocks forward, head dim 64": lambda: attend(64, 128, "float16", train=False),
+    "128-blocks forward, key mask, head dim 64": lambda: attend(64, 128, "float16", train=False, masked=True),
     "128-blocks backward, head dim 128": lambda: attend(128, 128, "bfloat16", train=True),
     "128-blocks backward, head dim 64": lambda: attend(64, 128, "float16", train=True),
 }
@@ -103,7 +103,7 @@ def examine(sanitizer: str, tool: str, case: str) -> bool:
     counts = [int(number) for pair in _FOUND.findall(report) for number in pair if number]
     lines = [line for line in report.splitlines() if line.startswith("=========") and len(line.strip("= ")) > 0]
     clean = done.returncode == 0 and counts == [0]
-    log.info("%-36s %-10s %s", case, tool, "clean" if clean else f"exit code {done.returncode}, found {counts}")
+    log.info("%-40s %-10s %s", case, tool, "clean" if clean else f"exit code {done.returncode}, found {counts}")
     if not clean:
         for line in lines[:MOST_LINES] or report.splitlines()[-MOST_LINES:]:
             log.info("    %s", line)

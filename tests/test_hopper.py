@@ -22,11 +22,11 @@ from fastdiff_kernels.hopper import _forward_kernel as kernel, tile_of
 head_dim, rule = int(sys.argv[1]), int(sys.argv[2])
 tile = tile_of(head_dim)
 layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16)
-constants = {"HEAD_DIM": head_dim, "RULE": rule, "WRITE_LSE": True}
+constants = {"HEAD_DIM": head_dim, "RULE": rule, "HAS_KEY_MASK": sys.argv[3] == "True", "WRITE_LSE": True}
 kinds = {"q": "*bf16", "out": "*bf16", "lse": "*fp32", "scale_log2": "fp32", **dict.fromkeys(constants, "constexpr")}
 kinds |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16{tile},{layout!r}>")
 tables = "q_order q_table k_table launch_order full_offsets full_indices partial_offsets partial_indices rule bits"
-kinds |= dict.fromkeys(tables.split(), "*i32")
+kinds |= dict.fromkeys(tables.split(), "*i32") | {"limits": "*fp32", "masked": "*i1"}
 signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
 source = GluonASTSource(kernel, signature, constants)
 built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
@@ -35,10 +35,12 @@ print(built.metadata.shared)
 """
 
 
-@pytest.mark.parametrize(("head_dim", "rule"), [(128, 2), (128, 3), (40, 6), (256, 2)])
-def test_it_compiles_and_fits_shared_memory(head_dim, rule, tmp_path):
+@pytest.mark.parametrize(
+    ("head_dim", "rule", "masked"), [(128, 2, False), (128, 2, True), (128, 3, False), (40, 6, True), (256, 2, True)]
+)
+def test_it_compiles_and_fits_shared_memory(head_dim, rule, masked, tmp_path):
     pytest.importorskip("triton")
-    (found,) = shared_memory(COMPILE, [str(head_dim), str(rule)], tmp_path)
+    (found,) = shared_memory(COMPILE, [str(head_dim), str(rule), str(masked)], tmp_path)
     assert found <= 232_448
 
 
@@ -85,14 +87,56 @@ def test_it_equals_the_reference(name, head_dim, dtype, poison):
     torch.manual_seed(0)
     shape = (2, plan.heads or 3, plan.query_tokens, head_dim)
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
-    assert hopper_kernel(q.device).fits(q, plan, 0.1, None)
     for factor in (1, 300):
-        out, lse = attention(q * factor, k, v, plan, return_lse=True, backend="triton")
-        inputs = ((q * factor).double(), k.double(), v.double())
-        truth, true_lse = attention(*inputs, plan, return_lse=True, backend="reference")
-        assert (out.double() - truth).norm() < 1e-2 * truth.norm()
-        torch.testing.assert_close(lse, true_lse.float(), atol=2e-2 * factor, rtol=1e-2)
+        check(q * factor, k, v, plan, atol=2e-2 * factor)
     assert torch.equal(attention(q, k, v, plan, backend="triton"), attention(q, k, v, plan, backend="triton"))
+
+
+def check(q, k, v, plan: BlockPlan, *, atol: float, key_mask: torch.Tensor | None = None) -> None:
+    assert hopper_kernel(q.device).fits(q, plan, q.shape[-1] ** -0.5)
+    out, lse = attention(q, k, v, plan, key_mask=key_mask, return_lse=True, backend="triton")
+    inputs = (q.double(), k.double(), v.double())
+    truth, true_lse = attention(*inputs, plan, key_mask=key_mask, return_lse=True, backend="reference")
+    for ours, true in zip(out.double(), truth, strict=True):
+        assert (ours - true).norm() <= 1e-2 * true.norm()
+    torch.testing.assert_close(lse, true_lse.float(), atol=atol, rtol=1e-2)
+
+
+def masks(plan: BlockPlan) -> torch.Tensor:
+    """For a sample each: padding at the end, random keys, the plan's first and third block of keys, no key at all."""
+    mask = torch.ones(4, plan.key_tokens, dtype=torch.bool)
+    mask[0, -6:] = False
+    mask[1] = torch.rand(plan.key_tokens, generator=torch.Generator().manual_seed(0)) < 0.7
+    blocks = plan.key.order[0].view(-1, 128)
+    hidden = blocks[[0, 2 % len(blocks)]].flatten()
+    mask[2, hidden[hidden >= 0].long()] = False
+    mask[3] = False
+    return mask
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "head_dim", "dtype"),
+    [
+        ("dense", 128, torch.bfloat16),
+        ("dense with text", 64, torch.float16),
+        ("metric", 128, torch.bfloat16),
+        ("box", 256, torch.float16),
+        ("ball", 40, torch.bfloat16),
+        ("bits per head", 128, torch.float16),
+        ("bits per head", 256, torch.bfloat16),
+    ],
+)
+def test_key_masks(name, head_dim, dtype, poison):
+    plan = plans()[name]
+    mask = masks(plan).to("cuda")
+    plan = plan.to("cuda")
+    torch.manual_seed(0)
+    shape = (4, plan.query_tokens, plan.heads or 3, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    for factor in (1, 300):
+        check(q * factor, k, v, plan, atol=2e-2 * factor, key_mask=mask)
 
 
 def test_the_interpreter_takes_the_portable_kernel(monkeypatch):
@@ -110,11 +154,9 @@ def test_other_calls_are_left_to_the_portable_kernel():
     plan = plans()["metric"].to("cuda")
     q = torch.randn(1, plan.query_tokens, 2, 128, device="cuda", dtype=torch.bfloat16)
     kernel = hopper_kernel(q.device)
-    mask = torch.ones(1, plan.key_tokens, dtype=torch.bool, device="cuda")
     small, _ = random_bits_plan(75, 41, heads=2)
-    assert not kernel.fits(q, plan, 0.1, mask)
-    assert not kernel.fits(q, plan, -0.1, None)
-    assert not kernel.fits(q.float(), plan, 0.1, None)
-    assert not kernel.fits(q[..., :36], plan, 0.1, None)
-    assert not kernel.fits(q[..., :32], plan, 0.1, None)
-    assert not kernel.fits(q, small, 0.1, None)
+    assert not kernel.fits(q, plan, -0.1)
+    assert not kernel.fits(q.float(), plan, 0.1)
+    assert not kernel.fits(q[..., :36], plan, 0.1)
+    assert not kernel.fits(q[..., :32], plan, 0.1)
+    assert not kernel.fits(q, small, 0.1)

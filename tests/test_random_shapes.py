@@ -53,6 +53,10 @@ HOPPER = [
     Variant("mixed bits", 64, (128, 128), BRAIN, lse=False),
     Variant("none", 128, (128, 128), HALF),
     Variant("none", 64, (128, 128), BRAIN, by_head=True),
+    Variant("box", 128, (128, 128), BRAIN, masked=True),
+    Variant("ball", 40, (128, 128), HALF, masked=True, lse=False),
+    Variant("bits", 64, (128, 128), BRAIN, by_head=True, masked=True),
+    Variant("none", 256, (128, 128), HALF, masked=True),
 ]
 AGENTS = [(dim, dtype, masked) for dim in (40, 64, 128) for dtype in (BRAIN, HALF, FULL) for masked in (False, True)]
 
@@ -169,7 +173,7 @@ def test_backward(variant, portable, poison):
 @pytest.mark.parametrize("variant", HOPPER, ids=str)
 def test_hopper_forward(variant, poison):
     def check(call, rng):
-        assert hopper_kernel(call.q.device).fits(call.q, call.plan, call.scale, call.key_mask)
+        assert hopper_kernel(call.q.device).fits(call.q, call.plan, call.scale)
         check_forward(call, variant.lse)
 
     for number in shapes(HOPPER):

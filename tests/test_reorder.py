@@ -6,7 +6,7 @@ from ahead_of_time import shared_memory
 
 pytest.importorskip("triton")
 
-from fastdiff_kernels.reorder import MOST, gather
+from fastdiff_kernels.reorder import MOST, gather, key_limits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,6 +53,26 @@ def test_any_number_of_tensors_in_any_dtype(count, dtype):
     for found, pair in zip(gather(*pairs), pairs, strict=True):
         assert found.dtype == dtype
         assert torch.equal(found, indexed(*pair))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "transposed"])
+def test_limits_of_a_key_mask(heads, layout, poison):
+    torch.manual_seed(0)
+    batch, tokens, slots, block = 2, 41, 64, 16
+    mask = torch.rand(batch, tokens, device=DEVICE) < 0.9
+    if layout == "expanded":
+        mask = mask[:1].expand(batch, -1)
+    elif layout == "transposed":
+        mask = mask.t().contiguous().t()
+    places = order(heads, slots, tokens)
+    places[:, :block] = -1
+    limits, masked = key_limits(mask, places, block)
+    hidden = ~mask[:, places.clamp(min=0).long()] & (places >= 0)
+    assert hidden.any()
+    assert not hidden[..., :block].any()
+    assert torch.equal(limits, torch.where(hidden, -torch.inf, torch.inf))
+    assert torch.equal(masked, hidden.unflatten(-1, (-1, block)).any(-1))
 
 
 COMPILE = """

@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_sparse import COUNTS, head_step, pairs_hidden, word_of
 from .plan import BlockPlan
-from .reorder import gather
+from .reorder import gather, key_limits
 
 BLOCK = 128
 _HALF = gl.constexpr(BLOCK // 2)
@@ -102,6 +102,16 @@ def _hide(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.co
 
 
 @gluon.jit
+def _hide_masked(scores, block, n, limits, masked):
+    """Scores of tile n, which lies in `block`, -inf where the key mask hides the key."""
+    keys: gl.constexpr = scores.type.shape[1]
+    if gl.load(masked + block):
+        k_slots = gl.arange(0, keys, layout=gl.SliceLayout(0, scores.type.layout)) + block * 128
+        scores = gl.minimum(scores, gl.load(limits + k_slots + n % (128 // keys) * keys)[None, :])
+    return scores
+
+
+@gluon.jit
 def _tile(ring, n):
     return ring.index(n % ring.type.shape[0]).reshape([ring.type.shape[2], ring.type.shape[3]])
 
@@ -138,9 +148,11 @@ def _add_values(acc, weights, shrink, v_ring, v_full, n):
 @gluon.jit
 def _steps(
     acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty, start, end, place,
-    q_slots, q_table, k_table, indices, rule, bits, scale_log2, PARTIAL: gl.constexpr, RULE: gl.constexpr,
+    q_slots, q_table, k_table, indices, rule, bits, limits, masked, scale_log2,
+    PARTIAL: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """Tiles start to end of a row, one behind in the values; `place` + n is where tile n stands in `indices`."""
+    parts: gl.constexpr = 128 // k_ring.type.shape[2]
     for n in range(start, end):
         scores = _scores(query, k_ring, k_full, n)
         # What the softmax before left to do is done while the tensor cores work on the scores.
@@ -149,7 +161,10 @@ def _steps(
         _give_back(k_empty, n)
         if PARTIAL:
             scores = _hide(scores, place + n, q_slots, q_table, k_table, indices, rule, bits, RULE)
-        weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, PARTIAL)
+        if HAS_KEY_MASK:
+            block = gl.load(indices + (place + n) // parts)
+            scores = _hide_masked(scores, block, n, limits, masked)
+        weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, PARTIAL or HAS_KEY_MASK)
         row_sum = _before_waiting(row_sum)
         acc = hopper.warpgroup_mma_wait(0, deps=[sums])
         _give_back(v_empty, n - 1)
@@ -159,8 +174,9 @@ def _steps(
 @gluon.jit
 def _attend(
     half, q, q_ring, k_ring, v_ring, k_full, k_empty, v_full, v_empty, out, lse, q_order, q_table, k_table,
-    full_tiles, partial_indices, partial_start, tiles, rule, bits, first_slot, q_stride, out_stride, scale_log2,
-    HEAD_DIM: gl.constexpr, RULE: gl.constexpr, WRITE_LSE: gl.constexpr,
+    full_indices, full_start, full_tiles, partial_indices, partial_start, tiles, rule, bits, limits, masked,
+    first_slot, q_stride, out_stride, scale_log2,
+    HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr, WRITE_LSE: gl.constexpr,
 ):  # fmt: skip
     """A computing group: 64 queries of the program's block."""
     keys: gl.constexpr = k_ring.type.shape[2]
@@ -182,20 +198,24 @@ def _attend(
     row_sum = gl.zeros([_HALF], gl.float32, rows)
     acc = gl.zeros([_HALF, width], gl.float32, out_layout)
     if tiles > 0:
-        place = partial_start * parts - full_tiles
+        full_place, place = full_start * parts, partial_start * parts - full_tiles
         scores = hopper.warpgroup_mma_wait(0, deps=[_scores(query, k_ring, k_full, 0)])
         _give_back(k_empty, 0)
         if full_tiles == 0:
             scores = _hide(scores, place, q_slots, q_table, k_table, partial_indices, rule, bits, RULE)
+        if HAS_KEY_MASK:
+            block = gl.load(full_indices + full_start) if full_tiles > 0 else gl.load(partial_indices + partial_start)
+            scores = _hide_masked(scores, block, 0, limits, masked)
         weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, True)
         acc, weights, shrink, row_max, row_sum = _steps(
             acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            1, full_tiles, place, q_slots, q_table, k_table, partial_indices, rule, bits, scale_log2, False, RULE,
+            1, full_tiles, full_place, q_slots, q_table, k_table, full_indices, rule, bits, limits, masked, scale_log2,
+            False, RULE, HAS_KEY_MASK,
         )  # fmt: skip
         acc, weights, shrink, row_max, row_sum = _steps(
             acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            gl.maximum(full_tiles, 1), tiles, place, q_slots, q_table, k_table, partial_indices, rule, bits, scale_log2,
-            True, RULE,
+            gl.maximum(full_tiles, 1), tiles, place, q_slots, q_table, k_table, partial_indices, rule, bits, limits,
+            masked, scale_log2, True, RULE, HAS_KEY_MASK,
         )  # fmt: skip
         acc = hopper.warpgroup_mma_wait(0, deps=[_add_values(acc, weights, shrink, v_ring, v_full, tiles - 1)])
 
@@ -210,13 +230,14 @@ def _attend(
         gl.store(lse + tokens, (row_max * scale_log2 + gl.log2(row_sum)) * _LN2, mask=tokens >= 0)
 
 
-@gluon.jit(do_not_specialize=(*COUNTS, "batches", "heavy_rows"))
+@gluon.jit(do_not_specialize=(*COUNTS, "batches", "heavy_rows", "mask_heads"))
 def _forward_kernel(
     q, k_desc, v_desc, out, lse, q_order, q_table, k_table, launch_order,
-    full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
+    full_offsets, full_indices, partial_offsets, partial_indices, rule, bits, limits, masked,
     q_stride_b, q_stride_n, q_stride_h, out_stride_b, out_stride_n, out_stride_h,
     batches, heads, q_tokens, q_blocks, heavy_rows, q_order_step, q_table_step, k_table_step, k_slots, list_step,
-    scale_log2, HEAD_DIM: gl.constexpr, RULE: gl.constexpr, WRITE_LSE: gl.constexpr,
+    mask_heads, scale_log2,
+    HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr, WRITE_LSE: gl.constexpr,
 ):  # fmt: skip
     keys: gl.constexpr = k_desc.block_type.shape[1]
     width: gl.constexpr = k_desc.block_type.shape[2]
@@ -259,6 +280,10 @@ def _forward_kernel(
     q_order += head64 * q_order_step
     q_table += head64 * q_table_step
     k_table += head64 * k_table_step
+    if HAS_KEY_MASK:
+        layer_of_mask = batch64 * mask_heads + head64 % mask_heads
+        limits += layer_of_mask * k_slots
+        masked += layer_of_mask * (k_slots // 128)
     # Written out in the call: a tuple in a variable would lose its compile-time constants.
     gl.warp_specialize(
         [
@@ -266,16 +291,17 @@ def _forward_kernel(
                 _attend,
                 (
                     0, q, q_ring, k_ring, v_ring, k_full, k_empty, v_full, v_empty, out, lse, q_order, q_table, k_table,
-                    full_tiles, partial_indices, partial_start, tiles, rule, bits, row * 128, q_stride_n, out_stride_n,
-                    scale_log2, HEAD_DIM, RULE, WRITE_LSE,
+                    full_indices, full_start, full_tiles, partial_indices, partial_start, tiles, rule, bits, limits,
+                    masked, row * 128, q_stride_n, out_stride_n, scale_log2, HEAD_DIM, RULE, HAS_KEY_MASK, WRITE_LSE,
                 ),
             ),
             (
                 _attend,
                 (
                     1, q, q_ring, k_ring, v_ring, k_full, k_empty, v_full, v_empty, out, lse, q_order, q_table, k_table,
-                    full_tiles, partial_indices, partial_start, tiles, rule, bits, row * 128 + _HALF, q_stride_n,
-                    out_stride_n, scale_log2, HEAD_DIM, RULE, WRITE_LSE,
+                    full_indices, full_start, full_tiles, partial_indices, partial_start, tiles, rule, bits, limits,
+                    masked, row * 128 + _HALF, q_stride_n, out_stride_n, scale_log2, HEAD_DIM, RULE, HAS_KEY_MASK,
+                    WRITE_LSE,
                 ),
             ),
             (
@@ -297,11 +323,10 @@ def tile_of(head_dim: int) -> list[int]:
     return [1, BLOCK if width <= 128 else BLOCK // 2, width]
 
 
-def fits(q: torch.Tensor, plan: BlockPlan, scale: float, key_mask: torch.Tensor | None) -> bool:
+def fits(q: torch.Tensor, plan: BlockPlan, scale: float) -> bool:
     """Whether this kernel computes the call; all others are for block_sparse.py."""
     return (
-        key_mask is None
-        and scale > 0
+        scale > 0
         and (plan.query.block, plan.key.block) == (BLOCK, BLOCK)
         and q.shape[-1] in range(40, 257, 8)
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -310,7 +335,13 @@ def fits(q: torch.Tensor, plan: BlockPlan, scale: float, key_mask: torch.Tensor 
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    scale: float,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the kernel; arguments and results as in block_sparse.py."""
     batch, tokens, heads, head_dim = q.shape
@@ -323,13 +354,14 @@ def forward(
     keys, values = (
         TensorDescriptor(x, shape, strides, tile, layout) for x in gather((k, plan.key.order), (v, plan.key.order))
     )
+    limits, masked = (out, out) if key_mask is None else key_limits(key_mask, plan.key.order, BLOCK)
     _forward_kernel[(plan.query_blocks * batch * heads,)](
         q, keys, values, out, lse, plan.query.order, rule.query, rule.key, plan.launch_order,
         plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
-        rule.parameters, plan.bits, *q.stride()[:3], *out.stride()[:3],
+        rule.parameters, plan.bits, limits, masked, *q.stride()[:3], *out.stride()[:3],
         batch, heads, tokens, plan.query_blocks, plan.heavy_rows,
         head_step(plan.query.order), head_step(rule.query), head_step(rule.key), slots, int(plan.lists > 1),
-        scale / math.log(2),
-        HEAD_DIM=head_dim, RULE=rule.kind, WRITE_LSE=return_lse, num_warps=4,
+        plan.key.order.shape[0], scale / math.log(2),
+        HEAD_DIM=head_dim, RULE=rule.kind, HAS_KEY_MASK=key_mask is not None, WRITE_LSE=return_lse, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -36,10 +36,10 @@ def block_sparse(
 
 def _triton_forward(q, k, v, plan, scale, key_mask, return_lse):
     hopper = hopper_kernel(q.device)
-    if hopper is not None and hopper.fits(q, plan, scale, key_mask):
-        return hopper.forward(q, k, v, plan, scale, return_lse)
-    from .block_sparse import forward
-
+    if hopper is not None and hopper.fits(q, plan, scale):
+        forward = hopper.forward
+    else:
+        from .block_sparse import forward
     return forward(q, k, v, plan, scale, key_mask, return_lse)
 
 

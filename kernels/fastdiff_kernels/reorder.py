@@ -1,4 +1,4 @@
-"""Tokens brought into the order of a plan: one Triton launch for up to four tensors.
+"""Tokens brought into the order of a plan: one Triton launch for up to four tensors, and one for a key mask.
 
     out[b, s, h] = x[b, order[h, s], h],    zeros where order is -1
 
@@ -108,3 +108,34 @@ def gather(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...
         WIDTH=heads * head_dim, PIECE=piece, ROWS=rows, COLUMNS=columns, UNIT=unit, TENSORS=len(pairs), num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=("stride_b", "stride_n", "heads", "blocks"))
+def _limits_kernel(key_mask, order, limits, masked, stride_b, stride_n, heads, blocks, BLOCK: tl.constexpr):
+    block, layer = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    tokens = tl.load(order + layer % heads * blocks * BLOCK + slots).to(tl.int64)
+    exists = tl.load(key_mask + layer // heads * stride_b + tokens * stride_n, mask=tokens >= 0, other=True)
+    tl.store(limits + layer * blocks * BLOCK + slots, tl.where(exists, float("inf"), float("-inf")))
+    tl.store(masked + layer * blocks + block, tl.min(exists.to(tl.int32), 0) == 0)
+
+
+def key_limits(key_mask: torch.Tensor, order: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a key mask allows, in the order of slots; padding is for a plan's rules to hide.
+
+    Args:
+        key_mask: Which keys exist, bool `[batch, tokens]`, any strides.
+        order: int32 `[1 or heads, slots]`.
+        block: Slots in a block.
+
+    Returns:
+        The highest score of each key, inf, or -inf where the mask hides it, float32 `[batch, 1 or heads, slots]`; and
+        whether a block has a hidden key, bool `[batch, 1 or heads, slots / block]`.
+    """
+    batch, (heads, slots) = key_mask.shape[0], order.shape
+    limits = torch.empty(batch, heads, slots, dtype=torch.float32, device=order.device)
+    masked = torch.empty(batch, heads, slots // block, dtype=torch.bool, device=order.device)
+    _limits_kernel[(masked.numel(),)](
+        key_mask, order, limits, masked, *key_mask.stride(), heads, slots // block, BLOCK=block, num_warps=1
+    )
+    return limits, masked
