@@ -25,10 +25,13 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     needs_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    needs_two = pytest.mark.skip(reason="needs two CUDA devices, and torch sees one")
     needs_time = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(needs_gpu)
+        elif "two_gpus" in item.keywords and torch.cuda.device_count() < 2:
+            item.add_marker(needs_two)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(needs_time)
         # Reports carry them, from the processes of pytest-xdist too; scripts/together.py gathers them.

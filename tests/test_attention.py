@@ -244,7 +244,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_a_device_that_is_not_the_current_one():
     plan = metric_plan(Grid(2, 5, 7)).to("cuda:1")
     q, k, v = (x.to("cuda:1").requires_grad_() for x in draw(plan))

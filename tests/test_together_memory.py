@@ -156,10 +156,7 @@ class TestDeviceMaps:
         torch.testing.assert_close(video(fastdiff.apply(again, RADIAL)), expected, atol=1e-4, rtol=1e-3)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize(
-        "where",
-        ["cpu", pytest.param(1, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
-    )
+    @pytest.mark.parametrize("where", ["cpu", pytest.param(1, marks=pytest.mark.two_gpus)])
     def test_blocks_on_two_devices(self, where):
         accelerate = pytest.importorskip("accelerate")
         torch.manual_seed(0)

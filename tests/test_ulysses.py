@@ -23,10 +23,7 @@ REFUSED = {
 }
 
 
-TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
-
-
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=TWO_GPUS)])
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, pytest.mark.two_gpus])])
 def found(tmp_path_factory, request):
     # Once for all workers of pytest-xdist, whose folders are neighbours.
     folder = tmp_path_factory.getbasetemp()
