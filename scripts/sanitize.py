@@ -116,8 +116,7 @@ def own_command(case: str) -> list[str]:
 
 def run(command: list[str], *, stop: bool) -> subprocess.CompletedProcess:
     # Each tensor is an allocation of its own, so that memcheck sees where it ends.
-    # Kernels that wait to be asked for run too.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTDIFF_HOPPER_BACKWARD": "1"}
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=stop)
 
 

@@ -183,8 +183,7 @@ def test_hopper_forward(variant, poison):
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("variant", HOPPER, ids=str)
-def test_hopper_backward(variant, poison, monkeypatch):
-    monkeypatch.setenv("FASTDIFF_HOPPER_BACKWARD", "1")
+def test_hopper_backward(variant, poison):
     for number in shapes(HOPPER):
         run(variant, number, lambda call, rng: check_backward(call, rng, variant.lse), positive=True)
 

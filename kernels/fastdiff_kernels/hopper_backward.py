@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -20,56 +21,62 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_sparse import head_step, pairs_seen, word_of
 from .plan import BlockPlan
-from .rule import RuleKind
 
 BLOCK = gl.constexpr(128)
 # Rows of a tile: queries or keys that are walked, and those that a computing group holds.
 _TILE = gl.constexpr(64)
 _TILES = gl.constexpr(2)
 _QUERY_STAGES, _KEY_STAGES = gl.constexpr(2), gl.constexpr(3)
+# What differs from call to call without a need to compile anew.
+_COUNTS = ("heads", "q_blocks", "k_blocks", "list_step")
 
 
 @gluon.jit
-def _copy(desc, ring, full, empty, count, row, column):
+def _copy(desc, ring, full, empty, count, head, row):
     stages: gl.constexpr = ring.shape[0]
     stage = count % stages
     hopper.mbarrier.wait(empty.index(stage), (count // stages & 1) ^ 1)
     hopper.mbarrier.expect(full.index(stage), desc.block_type.nbytes)
-    hopper.tma.async_copy_global_to_shared(desc, [row, column], full.index(stage), ring.index(stage))
+    hopper.tma.async_copy_global_to_shared(desc, [head, row, 0], full.index(stage), ring.index(stage))
 
 
 @gluon.jit
 def _copy_tiles(
     held0_desc, held1_desc, walked0_desc, walked1_desc, held0, held1, held_full,
     ring0, ring1, full0, empty0, full1, empty1, full_indices, full_start, full_tiles, partial_indices, partial_start,
-    tiles, held_row, walked_row, column,
+    tiles, head, held_row, walked_row,
 ):  # fmt: skip
     """The copying group: two tensors of the held block, then of the walked blocks, full ones before partial ones."""
     hopper.mbarrier.expect(held_full, 2 * _TILES * held0_desc.block_type.nbytes)
     for half in gl.static_range(_TILES):
         row = held_row + half * _TILE
-        hopper.tma.async_copy_global_to_shared(held0_desc, [row, column], held_full, held0.index(half))
-        hopper.tma.async_copy_global_to_shared(held1_desc, [row, column], held_full, held1.index(half))
+        hopper.tma.async_copy_global_to_shared(held0_desc, [head, row, 0], held_full, held0.index(half))
+        hopper.tma.async_copy_global_to_shared(held1_desc, [head, row, 0], held_full, held1.index(half))
     for n in range(full_tiles):
         row = walked_row + gl.load(full_indices + full_start + n // _TILES) * BLOCK + n % _TILES * _TILE
-        _copy(walked0_desc, ring0, full0, empty0, n, row, column)
-        _copy(walked1_desc, ring1, full1, empty1, n, row, column)
+        _copy(walked0_desc, ring0, full0, empty0, n, head, row)
+        _copy(walked1_desc, ring1, full1, empty1, n, head, row)
     for n in range(full_tiles, tiles):
         block = gl.load(partial_indices + partial_start + (n - full_tiles) // _TILES)
         row = walked_row + block * BLOCK + n % _TILES * _TILE
-        _copy(walked0_desc, ring0, full0, empty0, n, row, column)
-        _copy(walked1_desc, ring1, full1, empty1, n, row, column)
+        _copy(walked0_desc, ring0, full0, empty0, n, head, row)
+        _copy(walked1_desc, ring1, full1, empty1, n, head, row)
 
 
 @gluon.jit
-def _store(out, value, order, first_slot, stride):
+def _tile(ring, stage):
+    return ring.index(stage).reshape([ring.type.shape[2], ring.type.shape[3]])
+
+
+@gluon.jit
+def _store(out, value, order, first_slot, stride, HEAD_DIM: gl.constexpr):
     """Writes 64 slots in the order of the tokens."""
-    dim: gl.constexpr = value.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
-    tokens = gl.load(order + first_slot + gl.arange(0, _TILE, layout=gl.SliceLayout(1, layout)))
-    dims = gl.arange(0, dim, layout=gl.SliceLayout(0, layout))
+    width: gl.constexpr = value.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+    tokens = gl.load(order + first_slot + gl.arange(0, _TILE, layout=gl.SliceLayout(1, layout)))[:, None]
+    dims = gl.arange(0, width, layout=gl.SliceLayout(0, layout))[None, :]
     value = gl.convert_layout(value.to(out.dtype.element_ty), layout)
-    gl.store(out + tokens.to(gl.int64)[:, None] * stride + dims[None, :], value, mask=(tokens >= 0)[:, None])
+    gl.store(out + tokens.to(gl.int64) * stride + dims, value, mask=(tokens >= 0) & (dims < HEAD_DIM))
 
 
 @gluon.jit
@@ -91,10 +98,10 @@ def _query_tiles(
         stage, phase = n % _QUERY_STAGES, n // _QUERY_STAGES & 1
         zeros = gl.zeros([_TILE, _TILE], gl.float32, score_layout)
         hopper.mbarrier.wait(q_full.index(stage), phase)
-        query = q_ring.index(stage)
+        query = _tile(q_ring, stage)
         scores = hopper.warpgroup_mma(key, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
         hopper.mbarrier.wait(up_full.index(stage), phase)
-        grad = up_ring.index(stage)
+        grad = _tile(up_ring, stage)
         slope = hopper.warpgroup_mma(value, grad.permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = hopper.warpgroup_mma_wait(1, deps=[scores])
         if PARTIAL:
@@ -117,17 +124,18 @@ def _query_tiles(
 def _hold_keys(
     half: gl.constexpr, keys, values, held_full, q_ring, up_ring, q_full, q_empty, up_full, up_empty,
     lse, delta, grad_k, grad_v, k_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices,
-    partial_start, tiles, rule, bits, bit_place, column, out_stride, scale, scale_log2, RULE: gl.constexpr,
+    partial_start, tiles, rule, bits, bit_place, column, out_stride, scale, scale_log2,
+    HEAD_DIM: gl.constexpr, RULE: gl.constexpr,
 ):  # fmt: skip
     """A computing group of a column: 64 keys."""
-    dim: gl.constexpr = keys.shape[2]
+    width: gl.constexpr = keys.shape[3]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, dim, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     first_slot = column * BLOCK + half * _TILE
     k_slots = first_slot + gl.arange(0, _TILE, layout=gl.SliceLayout(1, score_layout))
-    key, value = keys.index(half), values.index(half)
-    total_k = gl.zeros([_TILE, dim], gl.float32, out_layout)
-    total_v = gl.zeros([_TILE, dim], gl.float32, out_layout)
+    key, value = _tile(keys, half), _tile(values, half)
+    total_k = gl.zeros([_TILE, width], gl.float32, out_layout)
+    total_v = gl.zeros([_TILE, width], gl.float32, out_layout)
     hopper.mbarrier.wait(held_full, 0)
     total_k, total_v = _query_tiles(
         total_k, total_v, key, value, q_ring, up_ring, q_full, q_empty, up_full, up_empty, lse, delta,
@@ -139,11 +147,11 @@ def _hold_keys(
         full_tiles, tiles, partial_start, partial_indices, k_slots, column, q_table, k_table, rule, bits, bit_place,
         scale_log2, RULE, True,
     )  # fmt: skip
-    _store(grad_k, total_k * scale, k_order, first_slot, out_stride)
-    _store(grad_v, total_v, k_order, first_slot, out_stride)
+    _store(grad_k, total_k * scale, k_order, first_slot, out_stride, HEAD_DIM)
+    _store(grad_v, total_v, k_order, first_slot, out_stride, HEAD_DIM)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=_COUNTS)
 def _columns_kernel(
     q_desc, up_desc, k_desc, v_desc, grad_k, grad_v, lse, delta, k_order, q_table, k_table,
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits, bit_place,
@@ -169,10 +177,11 @@ def _columns_kernel(
     grad_v += batch64 * out_stride_b + head64 * out_stride_h
 
     dtype: gl.constexpr = k_desc.dtype
-    keys = gl.allocate_shared_memory(dtype, [_TILES, _TILE, HEAD_DIM], k_desc.layout)
-    values = gl.allocate_shared_memory(dtype, [_TILES, _TILE, HEAD_DIM], v_desc.layout)
-    q_ring = gl.allocate_shared_memory(dtype, [_QUERY_STAGES, _TILE, HEAD_DIM], q_desc.layout)
-    up_ring = gl.allocate_shared_memory(dtype, [_QUERY_STAGES, _TILE, HEAD_DIM], up_desc.layout)
+    width: gl.constexpr = k_desc.block_type.shape[2]
+    keys = gl.allocate_shared_memory(dtype, [_TILES, 1, _TILE, width], k_desc.layout)
+    values = gl.allocate_shared_memory(dtype, [_TILES, 1, _TILE, width], v_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [_QUERY_STAGES, 1, _TILE, width], q_desc.layout)
+    up_ring = gl.allocate_shared_memory(dtype, [_QUERY_STAGES, 1, _TILE, width], up_desc.layout)
     barriers: gl.constexpr = hopper.mbarrier.MBarrierLayout()
     held_full = gl.allocate_shared_memory(gl.int64, [1], barriers)
     q_full = gl.allocate_shared_memory(gl.int64, [_QUERY_STAGES, 1], barriers)
@@ -196,7 +205,7 @@ def _columns_kernel(
                     0, keys, values, held_full, q_ring, up_ring, q_full, q_empty, up_full, up_empty,
                     lse, delta, grad_k, grad_v, k_order, q_table, k_table, full_indices, full_start, full_tiles,
                     partial_indices, partial_start, tiles, rule, bits, bit_place, column, out_stride_n, scale,
-                    scale_log2, RULE,
+                    scale_log2, HEAD_DIM, RULE,
                 ),
             ),
             (
@@ -205,7 +214,7 @@ def _columns_kernel(
                     1, keys, values, held_full, q_ring, up_ring, q_full, q_empty, up_full, up_empty,
                     lse, delta, grad_k, grad_v, k_order, q_table, k_table, full_indices, full_start, full_tiles,
                     partial_indices, partial_start, tiles, rule, bits, bit_place, column, out_stride_n, scale,
-                    scale_log2, RULE,
+                    scale_log2, HEAD_DIM, RULE,
                 ),
             ),
             (
@@ -213,7 +222,7 @@ def _columns_kernel(
                 (
                     k_desc, v_desc, q_desc, up_desc, keys, values, held_full, q_ring, up_ring, q_full, q_empty,
                     up_full, up_empty, full_indices, full_start, full_tiles, partial_indices, partial_start, tiles,
-                    batch * k_slots + column * BLOCK, batch * q_slots, head * HEAD_DIM,
+                    head, batch * k_slots + column * BLOCK, batch * q_slots,
                 ),
             ),
         ],
@@ -235,11 +244,11 @@ def _key_tiles(
         stage, after = n % _KEY_STAGES, (n + 1) % _KEY_STAGES
         zeros = gl.zeros([_TILE, _TILE], gl.float32, score_layout)
         hopper.mbarrier.wait(v_full.index(stage), n // _KEY_STAGES & 1)
-        value = v_ring.index(stage).permute((1, 0))
+        value = _tile(v_ring, stage).permute((1, 0))
         slope = hopper.warpgroup_mma(upstream, value, zeros, use_acc=False, is_async=True)
         hopper.mbarrier.wait(k_full.index(after), (n + 1) // _KEY_STAGES & 1, pred=n + 1 < tiles)
         # After the last tile of what lies there, and thrown away.
-        key = k_ring.index(after).permute((1, 0))
+        key = _tile(k_ring, after).permute((1, 0))
         next_scores = hopper.warpgroup_mma(query, key, zeros, use_acc=False, is_async=True)
         if PARTIAL:
             entry = place + (n - start) // _TILES
@@ -254,7 +263,7 @@ def _key_tiles(
         hopper.mbarrier.arrive(v_empty.index(stage), count=1)
         slope = (weights * (slope - row_delta[:, None])).to(query.dtype)
         operand = gl.convert_layout(slope, slope_layout)
-        grad_q = hopper.warpgroup_mma(operand, k_ring.index(stage), grad_q, is_async=True)
+        grad_q = hopper.warpgroup_mma(operand, _tile(k_ring, stage), grad_q, is_async=True)
         grad_q, scores = hopper.warpgroup_mma_wait(0, deps=[grad_q, next_scores])
         hopper.mbarrier.arrive(k_empty.index(stage), count=1)
     return grad_q, scores
@@ -264,23 +273,23 @@ def _key_tiles(
 def _hold_queries(
     half: gl.constexpr, queries, upstreams, held_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, grad_q,
     lse, delta, q_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices, partial_start, tiles,
-    rule, bits, row, out_stride, scale, scale_log2, RULE: gl.constexpr,
+    rule, bits, row, out_stride, scale, scale_log2, HEAD_DIM: gl.constexpr, RULE: gl.constexpr,
 ):  # fmt: skip
     """A computing group of a row: 64 queries."""
-    dim: gl.constexpr = queries.shape[2]
+    width: gl.constexpr = queries.shape[3]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, dim, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     first_slot = row * BLOCK + half * _TILE
     q_slots = first_slot + gl.arange(0, _TILE, layout=gl.SliceLayout(1, score_layout))
     row_lse = gl.load(lse + q_slots)
     row_delta = gl.load(delta + q_slots)
-    query, upstream = queries.index(half), upstreams.index(half)
+    query, upstream = _tile(queries, half), _tile(upstreams, half)
     zeros = gl.zeros([_TILE, _TILE], gl.float32, score_layout)
     hopper.mbarrier.wait(held_full, 0)
     hopper.mbarrier.wait(k_full.index(0), 0, pred=tiles > 0)
-    scores = hopper.warpgroup_mma(query, k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = hopper.warpgroup_mma(query, _tile(k_ring, 0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = hopper.warpgroup_mma_wait(0, deps=[scores])
-    total = gl.zeros([_TILE, dim], gl.float32, out_layout)
+    total = gl.zeros([_TILE, width], gl.float32, out_layout)
     total, scores = _key_tiles(
         total, scores, query, upstream, k_ring, v_ring, k_full, k_empty, v_full, v_empty, row_lse, row_delta,
         0, full_tiles, tiles, full_start, full_indices, q_slots, q_table, k_table, rule, bits, scale_log2, RULE, False,
@@ -290,10 +299,10 @@ def _hold_queries(
         full_tiles, tiles, tiles, partial_start, partial_indices, q_slots, q_table, k_table, rule, bits, scale_log2,
         RULE, True,
     )  # fmt: skip
-    _store(grad_q, total * scale, q_order, first_slot, out_stride)
+    _store(grad_q, total * scale, q_order, first_slot, out_stride, HEAD_DIM)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=_COUNTS)
 def _rows_kernel(
     q_desc, up_desc, k_desc, v_desc, grad_q, lse, delta, q_order, q_table, k_table, launch_order,
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
@@ -318,10 +327,11 @@ def _rows_kernel(
     grad_q += batch64 * out_stride_b + head64 * out_stride_h
 
     dtype: gl.constexpr = q_desc.dtype
-    queries = gl.allocate_shared_memory(dtype, [_TILES, _TILE, HEAD_DIM], q_desc.layout)
-    upstreams = gl.allocate_shared_memory(dtype, [_TILES, _TILE, HEAD_DIM], up_desc.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [_KEY_STAGES, _TILE, HEAD_DIM], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [_KEY_STAGES, _TILE, HEAD_DIM], v_desc.layout)
+    width: gl.constexpr = q_desc.block_type.shape[2]
+    queries = gl.allocate_shared_memory(dtype, [_TILES, 1, _TILE, width], q_desc.layout)
+    upstreams = gl.allocate_shared_memory(dtype, [_TILES, 1, _TILE, width], up_desc.layout)
+    k_ring = gl.allocate_shared_memory(dtype, [_KEY_STAGES, 1, _TILE, width], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(dtype, [_KEY_STAGES, 1, _TILE, width], v_desc.layout)
     barriers: gl.constexpr = hopper.mbarrier.MBarrierLayout()
     held_full = gl.allocate_shared_memory(gl.int64, [1], barriers)
     k_full = gl.allocate_shared_memory(gl.int64, [_KEY_STAGES, 1], barriers)
@@ -342,7 +352,7 @@ def _rows_kernel(
                 (
                     0, queries, upstreams, held_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, grad_q,
                     lse, delta, q_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices,
-                    partial_start, tiles, rule, bits, row, out_stride_n, scale, scale_log2, RULE,
+                    partial_start, tiles, rule, bits, row, out_stride_n, scale, scale_log2, HEAD_DIM, RULE,
                 ),
             ),
             (
@@ -350,7 +360,7 @@ def _rows_kernel(
                 (
                     1, queries, upstreams, held_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, grad_q,
                     lse, delta, q_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices,
-                    partial_start, tiles, rule, bits, row, out_stride_n, scale, scale_log2, RULE,
+                    partial_start, tiles, rule, bits, row, out_stride_n, scale, scale_log2, HEAD_DIM, RULE,
                 ),
             ),
             (
@@ -358,7 +368,7 @@ def _rows_kernel(
                 (
                     q_desc, up_desc, k_desc, v_desc, queries, upstreams, held_full, k_ring, v_ring, k_full, k_empty,
                     v_full, v_empty, full_indices, full_start, full_tiles, partial_indices, partial_start, tiles,
-                    batch * q_slots + row * BLOCK, batch * k_slots, head * HEAD_DIM,
+                    head, batch * q_slots + row * BLOCK, batch * k_slots,
                 ),
             ),
         ],
@@ -368,16 +378,12 @@ def _rows_kernel(
 
 
 def fits(query: torch.Tensor, plan: BlockPlan, key_mask: torch.Tensor | None) -> bool:
-    """Whether these kernels compute the call; all others are for block_sparse_backward.py.
-
-    Narrower than what is written here: only what was run on a Hopper GPU.
-    """
+    """Whether these kernels compute the call; all others are for block_sparse_backward.py."""
     return (
         key_mask is None
         and (plan.query.block, plan.key.block) == (BLOCK.value, BLOCK.value)
-        and query.shape[-1] == 128
-        and query.dtype == torch.bfloat16
-        and plan.kernel_rule.kind == RuleKind.BOX
+        and query.shape[-1] in range(40, 129, 8)
+        and query.dtype in (torch.float16, torch.bfloat16)
     )
 
 
@@ -439,8 +445,14 @@ def walk_rows(
 
 
 def _tiles_of(x: torch.Tensor) -> TensorDescriptor:
-    """Tiles of 64 slots and one head of a tensor in a plan's order."""
+    """Tiles of one head and 64 slots of a tensor in a plan's order; what is beyond a head is 0."""
     batch, slots, heads, head_dim = x.shape
-    tile = [_TILE.value, head_dim]
+    tile = tile_of(head_dim)
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    return TensorDescriptor.from_tensor(x.view(batch * slots, heads * head_dim), tile, layout)
+    shape, strides = [heads, batch * slots, head_dim], [head_dim, heads * head_dim, 1]
+    return TensorDescriptor(x, shape, strides, tile, layout)
+
+
+def tile_of(head_dim: int) -> list[int]:
+    """Heads, slots and dims of one copy."""
+    return [1, _TILE.value, max(64, triton.next_power_of_2(head_dim))]

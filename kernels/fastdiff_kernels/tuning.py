@@ -104,13 +104,8 @@ def hopper_kernel(device: torch.device) -> ModuleType | None:
 
 
 def hopper_backward(device: torch.device) -> ModuleType | None:
-    """The module with its kernels for the backward pass, likewise.
-
-    They have not run on a GPU in their present form, so they wait for someone who asks for them:
-    FASTDIFF_HOPPER_BACKWARD=1 in the environment.
-    """
-    asked = os.environ.get("FASTDIFF_HOPPER_BACKWARD") == "1"
-    return _load_hopper_backward() if asked and hopper_kernel(device) is not None else None
+    """The module with its kernels for the backward pass, likewise."""
+    return _load_hopper_backward() if hopper_kernel(device) is not None else None
 
 
 @lru_cache(maxsize=1)
