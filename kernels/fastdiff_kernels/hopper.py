@@ -25,6 +25,8 @@ from .reorder import gather, key_limits
 BLOCK = 128
 _HALF = gl.constexpr(BLOCK // 2)
 _STAGES = gl.constexpr(2)
+# Named barriers of the two computing groups' turns; Triton numbers its own from 0.
+_TURNS = gl.constexpr(14)
 _LN2 = gl.constexpr(math.log(2))
 
 
@@ -62,14 +64,38 @@ def _copy_tiles(
 
 @gluon.jit
 def _softmax(scores, row_max, row_sum, scale_log2, PARTIAL: gl.constexpr):
-    new_max = gl.maximum(row_max, gl.max(scores, 1))
-    base = new_max * scale_log2
+    """`row_max` is that of the scores as exponents of 2, so that `shrink` is exactly 1 where it stays."""
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    base = new_max
     if PARTIAL:
         # A row that has seen no key yet has no maximum: any finite one keeps its weights at 0 instead of NaN.
         base = gl.where(new_max == float("-inf"), 0.0, base)
     weights = gl.exp2(scores * scale_log2 - base[:, None])
-    shrink = gl.exp2(row_max * scale_log2 - base)
+    shrink = gl.exp2(row_max - base)
     return weights, new_max, row_sum * shrink + gl.sum(weights, 1), shrink
+
+
+def _unless_all_are_one(numbers: int) -> tuple[str, str]:
+    """PTX that multiplies numbers of a thread, but by a branch around it where all factors in the warp are 1."""
+    move = "".join(f"mov.f32 ${i}, ${numbers + i}; " for i in range(numbers))
+    multiply = "".join(f"mul.f32 ${i}, ${i}, ${2 * numbers + i}; " for i in range(numbers))
+    # A thread holds two rows of a product, two columns of the one and then two of the other.
+    one, first, second = "0f3F800000", f"${2 * numbers}", f"${2 * numbers + 2}"
+    return (
+        f"{{ .reg .pred differs, any; setp.neu.f32 differs, {first}, {one}; "
+        f"setp.neu.or.f32 differs, {second}, {one}, differs; vote.sync.any.pred any, differs, 0xffffffff; "
+        f"{move}@!any bra DONE; {multiply}DONE: }}"
+    ), ",".join(["=&f"] * numbers + ["f"] * 2 * numbers)
+
+
+_SHRINK, _SHRINK_OPERANDS = (gl.constexpr(text) for text in _unless_all_are_one(32))
+
+
+@gluon.jit
+def _shrunk(acc, shrink):
+    """acc * shrink. After the first tiles a row seldom has a new maximum, and then there is nothing to multiply."""
+    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return gl.inline_asm_elementwise(_SHRINK, _SHRINK_OPERANDS, [acc, shrink], dtype=gl.float32, is_pure=True, pack=32)
 
 
 @gluon.jit
@@ -139,24 +165,42 @@ def _scores(query, k_ring, k_full, n):
 @gluon.jit
 def _add_values(acc, weights, shrink, v_ring, v_full, n):
     """Starts adding the values of tile n."""
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+    acc = _shrunk(acc, shrink)
     weights = gl.convert_layout(weights.to(v_ring.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     _wait(v_full, n)
     return hopper.warpgroup_mma(weights, _tile(v_ring, n), acc, is_async=True)
 
 
 @gluon.jit
+def _take_turn(half):
+    gl.inline_asm_elementwise(
+        "{ bar.sync $1, 256; mov.b32 $0, 0; }", "=r,r", [_TURNS + half], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _give_turn(half):
+    """To the other computing group."""
+    gl.inline_asm_elementwise(
+        "{ bar.arrive $1, 256; mov.b32 $0, 0; }", "=r,r", [_TURNS + 1 - half], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _steps(
-    acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty, start, end, place,
-    q_slots, q_table, k_table, indices, rule, bits, limits, masked, scale_log2,
+    half, acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+    start, end, place, q_slots, q_table, k_table, indices, rule, bits, limits, masked, scale_log2,
     PARTIAL: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """Tiles start to end of a row, one behind in the values; `place` + n is where tile n stands in `indices`."""
     parts: gl.constexpr = 128 // k_ring.type.shape[2]
     for n in range(start, end):
+        # One group issues both products, then the other: each does its softmax while the other's are computed.
+        _take_turn(half)
         scores = _scores(query, k_ring, k_full, n)
         # What the softmax before left to do is done while the tensor cores work on the scores.
         sums = _add_values(acc, weights, shrink, v_ring, v_full, n - 1)
+        _give_turn(half)
         scores = hopper.warpgroup_mma_wait(1, deps=[scores])
         _give_back(k_empty, n)
         if PARTIAL:
@@ -198,6 +242,8 @@ def _attend(
     row_sum = gl.zeros([_HALF], gl.float32, rows)
     acc = gl.zeros([_HALF, width], gl.float32, out_layout)
     if tiles > 0:
+        if half == 1:
+            _give_turn(half)
         full_place, place = full_start * parts, partial_start * parts - full_tiles
         scores = hopper.warpgroup_mma_wait(0, deps=[_scores(query, k_ring, k_full, 0)])
         _give_back(k_empty, 0)
@@ -208,15 +254,18 @@ def _attend(
             scores = _hide_masked(scores, block, 0, limits, masked)
         weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, True)
         acc, weights, shrink, row_max, row_sum = _steps(
-            acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+            half, acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
             1, full_tiles, full_place, q_slots, q_table, k_table, full_indices, rule, bits, limits, masked, scale_log2,
             False, RULE, HAS_KEY_MASK,
         )  # fmt: skip
         acc, weights, shrink, row_max, row_sum = _steps(
-            acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+            half, acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
             gl.maximum(full_tiles, 1), tiles, place, q_slots, q_table, k_table, partial_indices, rule, bits, limits,
             masked, scale_log2, True, RULE, HAS_KEY_MASK,
         )  # fmt: skip
+        if half == 0:
+            # The last turn given: a named barrier is left as it was found.
+            _take_turn(half)
         acc = hopper.warpgroup_mma_wait(0, deps=[_add_values(acc, weights, shrink, v_ring, v_full, tiles - 1)])
 
     # Queries without keys: output 0, log-sum-exp -inf (their maximum still is).
@@ -227,7 +276,7 @@ def _attend(
     gl.store(out + tokens * out_stride + dims, query.load(memory), mask=inside)
     if WRITE_LSE:
         tokens = gl.load(q_order + q_slots)
-        gl.store(lse + tokens, (row_max * scale_log2 + gl.log2(row_sum)) * _LN2, mask=tokens >= 0)
+        gl.store(lse + tokens, (row_max + gl.log2(row_sum)) * _LN2, mask=tokens >= 0)
 
 
 @gluon.jit(do_not_specialize=(*COUNTS, "batches", "heavy_rows", "mask_heads"))
