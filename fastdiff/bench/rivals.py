@@ -24,7 +24,10 @@ SDPA_BACKENDS = {
 DENSE = (*SDPA_BACKENDS, "FlexAttention, dense", "torch SDPA")
 
 # What a torch without the kernel says of a call, or a kernel of a call that it does not take.
-_MISSING = ("No available kernel", "No valid execution plans", "not supported", "NYI", "not compiled", "out of memory")
+_MISSING = (
+    "No available kernel", "No valid execution plans", "not supported", "NYI", "not compiled", "out of memory",
+    "out of resource",
+)  # fmt: skip
 
 
 def dense_kernels(device: str) -> dict[str, Attend]:

@@ -83,8 +83,16 @@ GPU_SHAPES: tuple[Shape, ...] = (
         _WAN,
         8,
         128,
-        lambda: (RadialConfig.for_density(0.2, _WAN),),
+        lambda: (RadialConfig.for_density(0.2, _WAN), RadialConfig(decay_factor=0.2)),
         backward=True,
+    ),
+    Shape(
+        "W-509-frames",
+        "the same fewer heads, 509 frames",
+        Grid(128, 45, 80),
+        8,
+        128,
+        lambda: (RadialConfig(decay_factor=0.2),),
     ),
     Shape(
         "wan-1.3b",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastdiff.bench.models import ModelBench
 
 # The names of fastdiff.bench.shapes and fastdiff.bench.architectures, whose packages bring torch.
-SHAPES = ("W", "W-8-heads", "wan-1.3b", "hunyuan", "flux-4k", "flux-8k", "cogvideox", "sd-1.5")
+SHAPES = ("W", "W-8-heads", "W-509-frames", "wan-1.3b", "hunyuan", "flux-4k", "flux-8k", "cogvideox", "sd-1.5")
 CPU_SHAPES = ("portable-64", "portable-128")
 MODELS = ("wan-14b", "wan-1.3b", "hunyuan", "cogvideox", "mochi", "flux", "flux-8k", "sdxl")
 
