@@ -14,7 +14,6 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +180,8 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.2g} M"
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
+# For each section the files that it is made from, and what makes it of them; all but the first may not be there yet.
+SECTIONS: dict[str, tuple[Any, ...]] = {
     "compare": ("compare-tiny-wan.json", compare),
     "compare-gpu": ("compare-tiny-wan-h200.json", compare_briefly),
     "kernels": ("bench-kernels.json", bench),
@@ -191,8 +191,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tiny-flux": ("tiny-flux-eval.json", tiny_picture),
     "tiny-sd": ("tiny-sd-eval.json", tiny_picture),
     "fidelity": ("fidelity.json", fidelity),
-    "together": ("together.json", together),
+    "together": ("together.json", "together-gpu.json", "together-2-gpus.json", together),
 }
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def filled(readme: str, results: Path, missing_ok: bool = False) -> str:
@@ -202,23 +206,24 @@ def filled(readme: str, results: Path, missing_ok: bool = False) -> str:
         Stale: If a section is unknown, incomplete or missing, or its file cannot be read.
     """
     marked = re.findall(r"<!-- (?:begin|end): (\S+) -->", readme)
-    there = {name for name, (file, _) in SECTIONS.items() if (results / file).exists()}
+    there = {name for name, (*files, _) in SECTIONS.items() if any((results / file).exists() for file in files)}
     for name in sorted({*there, *marked}):
         if name not in SECTIONS:
             raise Stale(f"README.md has a section {name!r}; known are {', '.join(SECTIONS)}.")
         if len(re.findall(rf"<!-- begin: {name} -->.*?<!-- end: {name} -->", readme, re.DOTALL)) != 1:
             raise Stale(f"README.md needs exactly one <!-- begin: {name} --> with <!-- end: {name} --> behind it.")
-    for name, (file, render) in SECTIONS.items():
-        path = results / file
+    for name, (*files, render) in SECTIONS.items():
+        paths = [results / file for file in files]
         if name not in marked:
             continue
-        if missing_ok and not path.exists():
+        if missing_ok and not paths[0].exists():
             continue
         try:
-            text = render(json.loads(path.read_text(encoding="utf-8")))
+            text = render(load(paths[0]), *(load(path) if path.exists() else None for path in paths[1:]))
         except FileNotFoundError:
-            raise Stale(f"{path} is missing; section {name!r} is made from it. CONTRIBUTING.md says how.") from None
+            raise Stale(f"{paths[0]} is missing; section {name!r} is made from it. CONTRIBUTING.md says how.") from None
         except (KeyError, TypeError, ValueError) as error:
+            path = " or ".join(map(str, paths))
             raise Stale(f"{path} is not what section {name!r} expects: {type(error).__name__}: {error}") from error
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         before, rest = readme.split(begin)

@@ -1,9 +1,12 @@
-"""What fastdiff works together with, by test: runs the tests marked `together` and writes results/together.json.
+"""What fastdiff works together with, by test: runs the tests marked `together` and writes down what they found.
 
-    python scripts/together.py               # then: python3 scripts/readme_tables.py
+    python scripts/together.py                  # those that run on a CPU, to results/together.json
+    python scripts/together.py --gpus 1 -n 8    # those that want a GPU, to results/together-gpu.json
+    python scripts/together.py --gpus 2         # those that want two, to results/together-2-gpus.json
     python scripts/together.py --output /tmp/together.json -k caches     # options go to pytest
 
-A row is green if its tests passed, red if one failed, and not run if all were skipped. Exit code 1 if one is red.
+Then: python3 scripts/readme_tables.py. A row is green if its tests passed, red if one failed, and not run if all were
+skipped. Exit code 1 if one is red.
 """
 
 from __future__ import annotations
@@ -20,6 +23,12 @@ from fastdiff.bench.record import conditions
 from fastdiff.measure.report import version, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+# The tests for so many GPUs, and where their outcomes go.
+RUNS = (
+    ("together and not gpu", "together.json"),
+    ("together and gpu and not two_gpus", "together-gpu.json"),
+    ("together and two_gpus", "together-2-gpus.json"),
+)
 PACKAGES = ("diffusers", "transformers", "peft", "accelerate", "torchao", "optimum-quanto", "bitsandbytes")
 
 
@@ -28,19 +37,12 @@ class Rows:
 
     def __init__(self):
         self.rows: dict[str, dict[str, Any]] = {}
-        self._row_of: dict[str, dict[str, Any]] = {}
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            for marker in item.iter_markers("together"):
-                (name,) = marker.args
-                row = self.rows.setdefault(name, {"name": name, "passed": 0, "failed": [], "skipped": {}})
-                self._row_of[item.nodeid] = row
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        row = self._row_of.get(report.nodeid)
-        if row is None:
+        name = dict(report.user_properties).get("together")
+        if name is None:
             return
+        row = self.rows.setdefault(name, {"name": name, "passed": 0, "failed": [], "skipped": {}})
         if report.failed:
             row["failed"].append(report.nodeid)
         elif report.skipped:
@@ -63,21 +65,32 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--gpus", type=int, choices=range(len(RUNS)), default=0, help="run the tests that want as many")
+    parser.add_argument("--commit", help="for the record, where this is no git checkout")
+    parser.add_argument("-n", dest="processes", help="run as many tests at a time, by pytest-xdist")
     options, rest = parser.parse_known_args(arguments)
+    if options.gpus > torch.cuda.device_count():
+        parser.error(f"--gpus {options.gpus} wants as many CUDA devices, and torch sees {torch.cuda.device_count()}.")
     rows = Rows()
     tests = (ROOT / "tests").glob("test_*.py")
     files = sorted(str(path) for path in tests if "mark.together" in path.read_text(encoding="utf-8"))
-    code = pytest.main(["-q", "--rootdir", str(ROOT), "-m", "together", *files, *rest], plugins=[rows])
+    chosen, name = RUNS[options.gpus]
+    how = ["-q", "--rootdir", str(ROOT), "-m", chosen]
+    if options.processes:
+        how += ["-n", options.processes]
+    code = pytest.main([*how, *files, *rest], plugins=[rows])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not rows.rows:
         return 2
     if rest and options.output is None:
         sys.stderr.write("together: nothing is written, because options chose the tests; give --output.\n")
         return int(code)
-    found = conditions("cuda" if torch.cuda.is_available() else "cpu", None)
-    found["versions"] |= {name: version(name) for name in PACKAGES}
-    write_json(options.output or ROOT / "results" / "together.json", {**found, "rows": rows.outcomes()})
+    found = conditions("cuda" if options.gpus else "cpu", options.commit)
+    found["versions"] |= {package: version(package) for package in PACKAGES}
+    write_json(options.output or ROOT / "results" / name, {**found, "rows": rows.outcomes()})
     return int(any(outcome(row) == "red" for row in rows.rows.values()))
 
 

@@ -63,11 +63,21 @@ def test_some_of_the_tests_are_written_only_where_one_says(tmp_path, monkeypatch
     assert json.loads((tmp_path / "some.json").read_text())["rows"][0]["outcome"] == "green"
 
 
-def test_rows_of_a_run(pytester):
+def test_the_devices_must_be_there(monkeypatch, capsys):
+    monkeypatch.setattr(together.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit) as failure:
+        together.main(["--gpus", "2"])
+    assert failure.value.code == 2
+    assert "torch sees 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [("-p", "no:xdist"), ("-n", "2")], ids=["one process", "two"])
+def test_rows_of_a_run(pytester, way):
     pytester.makepyfile(TESTS)
-    pytester.makeini("[pytest]\nmarkers = together(name): as in the project\n")
+    pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text(encoding="utf-8"))
+    pytester.makeini("[pytest]\nmarkers =\n    together(name): as in the project\n    gpu\n    slow\n")
     rows = together.Rows()
-    pytester.inline_run("-m", "together", "-p", "no:xdist", "-p", "no:cacheprovider", plugins=[rows])
+    pytester.inline_run("-m", "together", "-p", "no:cacheprovider", *way, plugins=[rows])
     found = {row["name"]: row for row in rows.outcomes()}
     assert {name: row["outcome"] for name, row in found.items()} == {
         "hail": "red",
@@ -79,10 +89,28 @@ def test_rows_of_a_run(pytester):
     assert [name.split("::")[1] for name in found["rain"]["failed"]] == ["test_fails"]
     assert found["rain"]["passed"] == 1
 
-    versions = {"torch": "2.13.0", "torchao": None, "threads": "1"}
+
+def test_the_table_has_a_column_for_each_run():
+    def row(name, outcome, passed=0, failed=(), skipped=()):
+        return {"name": name, "outcome": outcome, "passed": passed, "failed": failed, "skipped": dict(skipped)}
+
+    def report(gpu, *rows, **versions):
+        return {"gpu": gpu, "versions": versions, "commit": "abc", "rows": list(rows)}
+
     text = readme_together.together(
-        {"gpu": "none, x86_64 CPU", "versions": versions, "commit": "abc", "rows": rows.outcomes()}
+        report(
+            "none", row("rain", "red", 1, ["a", "b"]), row("sun", "green", 2, skipped={"no clouds": 1}), torch="2.13"
+        ),
+        report("G", row("sun", "green", 5), torch="2.11", torchao=None),
+        report("H", row("snow", "not run", skipped={"too warm": 3}), torch="2.12"),
     )
-    assert "| rain | red | 1 | 1 |  |" in text
-    assert "| sun | green | 2 | 0 | 1: no clouds here |" in text
-    assert "on a CPU; torch 2.13.0; commit abc." in text
+    assert text.splitlines()[2:5] == [
+        "| rain | red, 2 of 3 failed |  |  |  |",
+        "| snow |  |  | not run | two GPUs, 3: too warm |",
+        "| sun | green, 2 | green, 5 |  | CPU, 1: no clouds |",
+    ]
+    assert text.endswith(
+        "CPU: torch 2.13; commit abc. one GPU (G): torch 2.11; commit abc. two GPUs (H): torch 2.12; commit abc."
+    )
+    alone = readme_together.together(report("none", row("sun", "green", 2), torch="2.13"))
+    assert alone.startswith("| together with | CPU | tests not run |\n")
