@@ -108,6 +108,15 @@ def test_launch_order_starts_with_the_longest_row():
     assert sorted(plan.launch_order[0].tolist()) == list(range(plan.query_blocks))
 
 
+def test_rows_and_columns_of_text_are_heavy():
+    layout = TokenLayout.self_attention(Grid(2, 32, 32), text_after=40)
+    plan = BlockPlan.from_rule(layout, Rule.metric(torch.tensor([9, 5])), block_q=32, block_k=32)
+    for lists, heavy in ((plan, plan.heavy_rows), (plan.transposed, plan.transposed.heavy)):
+        counts = (lists.full.counts + lists.partial.counts)[0]
+        assert heavy == (counts > 3 * counts.float().mean()).sum() == 2
+        assert set(lists.launch_order[0, :heavy].tolist()) == {64, 65}
+
+
 def test_handle_finds_the_plan_while_it_lives():
     plan = metric_plan(Grid(2, 3, 4))
     handle = plan.handle

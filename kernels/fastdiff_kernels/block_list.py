@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -72,7 +73,18 @@ class Columns:
     bit_place: torch.Tensor
     launch_order: torch.Tensor
 
+    @cached_property
+    def heavy(self) -> int:
+        """How many places at the head of the launch order hold columns over three times as long as the mean."""
+        return heavy_places(self.full, self.partial, self.launch_order)
+
 
 def longest_first(full: BlockList, partial: BlockList) -> torch.Tensor:
     """Blocks of the side that the lists are for, those with the longest lists first, int32 `[lists, blocks]`."""
     return (full.counts + partial.counts).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+
+
+def heavy_places(full: BlockList, partial: BlockList, launch_order: torch.Tensor) -> int:
+    """How many places at the head of the launch order hold lists over three times as long as the mean."""
+    counts = full.counts + partial.counts
+    return int((counts.gather(1, launch_order.long()).amax(0) > 3 * counts.float().mean()).sum())

@@ -252,7 +252,7 @@ def backward(
     query, *others = gather((q, queries), (grad, queries), (k, keys), (v, keys))
     tensors = (query, *others, *terms)
     hopper = hopper_backward(q.device)
-    if hopper is not None and hopper.fits(query, plan, key_mask):
+    if hopper is not None and hopper.fits(query, plan, scale, key_mask):
         hopper.walk_rows(*tensors, grad_q, plan, scale)
         hopper.walk_columns(*tensors, grad_k, grad_v, plan, scale)
     else:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from .block_list import BlockList, Columns, longest_first
+from .block_list import BlockList, Columns, heavy_places, longest_first
 from .errors import InvalidInputError
 from .kernel_rule import KernelRule, kernel_rule
 from .layout import TokenLayout
@@ -190,8 +190,7 @@ class BlockPlan:
     @cached_property
     def heavy_rows(self) -> int:
         """How many places at the head of the launch order hold rows over three times as long as the mean."""
-        counts = (self.full.counts + self.partial.counts).gather(1, self.launch_order.long()).amax(0)
-        return int((counts > 3 * self.mean_row).sum())
+        return heavy_places(self.full, self.partial, self.launch_order)
 
     @cached_property
     def transposed(self) -> Columns:
