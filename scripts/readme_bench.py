@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -17,7 +16,8 @@ REORDER = "reorder: gather of q, k and v, scatter of the output"
 def bench(records: list[dict[str, Any]]) -> str:
     """Kernels alone: what `fastdiff bench kernels` writes, one table for all shapes."""
     rows, shape = [], None
-    for record in records:
+    first = {record["shape"]: place for place, record in reversed(list(enumerate(records)))}
+    for record in sorted(records, key=lambda one: (first[one["shape"]], one["direction"] == "backward")):
         dense = fastest_dense(record, records)
         mine = (record["shape"], record["dtype"], record["direction"])
         if mine != shape:
@@ -51,14 +51,12 @@ def moved(record: dict[str, Any]) -> int:
 
 def conditions(records: list[dict[str, Any]]) -> str:
     """The machines and versions behind some records, each named once."""
-    together = ("gpu", "commit", "versions")
-    runs = {json.dumps([record[name] for name in together]): record for record in records}.values()
-    parts = [
-        f"{run['gpu'].replace('none, ', '')}, {versions(run['versions'])}"
-        + (f", commit {run['commit']}" if run["commit"] != "unknown" else "")
-        for run in runs
-    ]
-    return "; ".join(parts) + "."
+    commits: dict[str, list[str]] = {}
+    for record in records:
+        found = commits.setdefault(f"{record['gpu'].replace('none, ', '')}, {versions(record['versions'])}", [])
+        if record["commit"] not in (*found, "unknown"):
+            found.append(record["commit"])
+    return "; ".join(run + (f", commit {' and '.join(found)}" if found else "") for run, found in commits.items()) + "."
 
 
 def models(records: list[dict[str, Any]]) -> str:
