@@ -2,7 +2,8 @@
 
 The same function as block_sparse.py, for 128 x 128 blocks. A program computes one query block with three groups of
 warps: one copies keys and values into rings of shared memory, two compute 64 queries each. A group issues the scores
-of a tile of keys, then the values of the tile before it, and does its softmax while the tensor cores still work.
+of a tile of keys, then the values of the tile before it, and does its softmax while the tensor cores still work; the
+two take turns at issuing.
 
 Gluon's interface moves between Triton's releases; all that depends on it stands in this file.
 """
