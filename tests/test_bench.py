@@ -75,14 +75,15 @@ class TestKernels:
         monkeypatch.setattr(kernels, "dense_kernels", lambda device: {"torch SDPA": lambda q, k, v: v})
         assert "torch SDPA on shape tiny" in fails("bench", "kernels", "--cpu", "--output", tmp_path / "b.json")
 
-    def test_a_missing_dense_kernel_is_named(self, monkeypatch):
+    @pytest.mark.parametrize("says", ["No available kernel. Aborting execution.", "out of resource: flex_attention"])
+    def test_a_missing_dense_kernel_is_named(self, monkeypatch, says):
         def absent(q, k, v):
-            raise RuntimeError("No available kernel. Aborting execution.")
+            raise RuntimeError(says)
 
         monkeypatch.setattr(kernels, "dense_kernels", lambda device: {"cuDNN SDPA": absent})
         found = kernels.Bench(tiny(), "cpu", 1)
         assert [one["kernel"].split(",")[0] for one in found.run()] == ["fastdiff torch"]
-        assert found.missing == {"cuDNN SDPA": "No available kernel. Aborting execution."}
+        assert found.missing == {"cuDNN SDPA": says}
 
     def test_a_fault_of_a_dense_kernel_is_not_hidden(self, monkeypatch):
         def broken(q, k, v):
