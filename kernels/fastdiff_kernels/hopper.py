@@ -5,7 +5,7 @@ warps: one copies keys and values into rings of shared memory, two compute 64 qu
 of a tile of keys, then the values of the tile before it, and does its softmax while the tensor cores still work; the
 two take turns at issuing.
 
-Gluon's interface moves between Triton's releases; all that depends on it stands in this file.
+Gluon's interface moves between Triton's releases; all that depends on it stands here and in hopper_backward.py.
 """
 
 from __future__ import annotations
@@ -113,19 +113,24 @@ def _before_waiting(row_sum):
 
 
 @gluon.jit
-def _hide(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.constexpr):
+def hide(scores, hidden):
+    """Scores, -inf where `hidden` is not 0."""
+    # As `gl.where` LLVM would pack the comparisons of a thread into words, and take those apart again.
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred seen; setp.eq.s32 seen, $2, 0; selp.f32 $0, $1, 0fFF800000, seen; }", "=f,f,r", [scores, hidden],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _hide_partial(scores, n, q_slots, q_table, k_table, indices, rule, bits, RULE: gl.constexpr):
     """Scores of the n-th tile of partial blocks, -inf where the rule does not hold."""
     keys: gl.constexpr = scores.type.shape[1]
     parts: gl.constexpr = 128 // keys
     block = gl.load(indices + n // parts)
     k_slots = block * 128 + n % parts * keys + gl.arange(0, keys, layout=gl.SliceLayout(0, scores.type.layout))
     word = word_of(bits, n // parts, RULE)
-    hidden = pairs_hidden(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128)
-    # As `gl.where` LLVM would pack the comparisons of a thread into words, and take those apart again.
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred seen; setp.eq.s32 seen, $2, 0; selp.f32 $0, $1, 0fFF800000, seen; }", "=f,f,r", [scores, hidden],
-        dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+    return hide(scores, pairs_hidden(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, 128, 128))
 
 
 @gluon.jit
@@ -139,18 +144,18 @@ def _hide_masked(scores, block, n, limits, masked):
 
 
 @gluon.jit
-def _tile(ring, n):
+def tile_at(ring, n):
     return ring.index(n % ring.type.shape[0]).reshape([ring.type.shape[2], ring.type.shape[3]])
 
 
 @gluon.jit
-def _wait(barriers, n):
+def wait(barriers, n):
     stages: gl.constexpr = barriers.type.shape[0]
     hopper.mbarrier.wait(barriers.index(n % stages), n // stages & 1)
 
 
 @gluon.jit
-def _give_back(barriers, n):
+def give_back(barriers, n):
     hopper.mbarrier.arrive(barriers.index(n % barriers.type.shape[0]), count=1)
 
 
@@ -158,9 +163,9 @@ def _give_back(barriers, n):
 def _scores(query, k_ring, k_full, n):
     keys: gl.constexpr = k_ring.type.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, keys, 16])
-    _wait(k_full, n)
+    wait(k_full, n)
     zeros = gl.zeros([_HALF, keys], gl.float32, layout)
-    return hopper.warpgroup_mma(query, _tile(k_ring, n).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return hopper.warpgroup_mma(query, tile_at(k_ring, n).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -168,8 +173,8 @@ def _add_values(acc, weights, shrink, v_ring, v_full, n):
     """Starts adding the values of tile n."""
     acc = _shrunk(acc, shrink)
     weights = gl.convert_layout(weights.to(v_ring.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
-    _wait(v_full, n)
-    return hopper.warpgroup_mma(weights, _tile(v_ring, n), acc, is_async=True)
+    wait(v_full, n)
+    return hopper.warpgroup_mma(weights, tile_at(v_ring, n), acc, is_async=True)
 
 
 @gluon.jit
@@ -203,16 +208,16 @@ def _steps(
         sums = _add_values(acc, weights, shrink, v_ring, v_full, n - 1)
         _give_turn(half)
         scores = hopper.warpgroup_mma_wait(1, deps=[scores])
-        _give_back(k_empty, n)
+        give_back(k_empty, n)
         if PARTIAL:
-            scores = _hide(scores, place + n, q_slots, q_table, k_table, indices, rule, bits, RULE)
+            scores = _hide_partial(scores, place + n, q_slots, q_table, k_table, indices, rule, bits, RULE)
         if HAS_KEY_MASK:
             block = gl.load(indices + (place + n) // parts)
             scores = _hide_masked(scores, block, n, limits, masked)
         weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, PARTIAL or HAS_KEY_MASK)
         row_sum = _before_waiting(row_sum)
         acc = hopper.warpgroup_mma_wait(0, deps=[sums])
-        _give_back(v_empty, n - 1)
+        give_back(v_empty, n - 1)
     return acc, weights, shrink, row_max, row_sum
 
 
@@ -247,9 +252,9 @@ def _attend(
             _give_turn(half)
         full_place, place = full_start * parts, partial_start * parts - full_tiles
         scores = hopper.warpgroup_mma_wait(0, deps=[_scores(query, k_ring, k_full, 0)])
-        _give_back(k_empty, 0)
+        give_back(k_empty, 0)
         if full_tiles == 0:
-            scores = _hide(scores, place, q_slots, q_table, k_table, partial_indices, rule, bits, RULE)
+            scores = _hide_partial(scores, place, q_slots, q_table, k_table, partial_indices, rule, bits, RULE)
         if HAS_KEY_MASK:
             block = gl.load(full_indices + full_start) if full_tiles > 0 else gl.load(partial_indices + partial_start)
             scores = _hide_masked(scores, block, 0, limits, masked)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_sparse import head_step, pairs_hidden, word_of
+from .hopper import give_back, hide, tile_at, wait
 from .plan import BlockPlan
 
 BLOCK = gl.constexpr(128)
@@ -36,32 +37,8 @@ _COUNTS = ("batches", "heads", "q_blocks", "k_blocks", "list_step", "heavy")
 
 
 @gluon.jit
-def _wait(full, n):
-    hopper.mbarrier.wait(full.index(n % _STAGES), n // _STAGES & 1)
-
-
-@gluon.jit
-def _give_back(empty, n):
-    hopper.mbarrier.arrive(empty.index(n % _STAGES), count=1)
-
-
-@gluon.jit
-def _tile(ring, n):
-    return ring.index(n % ring.type.shape[0]).reshape([ring.type.shape[2], ring.type.shape[3]])
-
-
-@gluon.jit
 def _start(held, tile, acc, use_acc: gl.constexpr):
     return hopper.warpgroup_mma(held, tile.permute((1, 0)), acc, use_acc=use_acc, is_async=True)
-
-
-@gluon.jit
-def _hide(scores, hidden):
-    """As `gl.where` LLVM would pack the comparisons of a thread into words, and take those apart again."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred seen; setp.eq.s32 seen, $2, 0; selp.f32 $0, $1, 0fFF800000, seen; }", "=f,f,r", [scores, hidden],
-        dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -146,8 +123,8 @@ def _query_tiles(
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, grad_k.type.layout, 2)
     dtype: gl.constexpr = key.dtype
     for n in range(start, end):
-        _wait(full, n)
-        query, upstream = _tile(q_ring, n), _tile(up_ring, n)
+        wait(full, n)
+        query, upstream = tile_at(q_ring, n), tile_at(up_ring, n)
         zeros = gl.zeros([_TILE, _TILE], gl.float32, score_layout)
         scores = _start(key, query, zeros, False)
         # From -delta on, which saves subtracting it.
@@ -159,7 +136,7 @@ def _query_tiles(
             q_slots = gl.load(indices + entry) * BLOCK + n % _TILES * _TILE + queries
             word = word_of(bits, gl.load(bit_place + entry), RULE)
             hidden = pairs_hidden(q_table, k_table, q_slots, k_slots, column, rule, word, RULE, BLOCK, BLOCK, True)
-            scores = _hide(scores, hidden)
+            scores = hide(scores, hidden)
         weights = gl.exp2(scores * scale_log2 - lse_ring.index(n % _STAGES).load(score_layout))
         operand = gl.convert_layout(weights.to(dtype), weight_layout)
         grad_v = hopper.warpgroup_mma(operand, upstream, grad_v, is_async=True)
@@ -167,7 +144,7 @@ def _query_tiles(
         slope = (weights * slope).to(dtype)
         grad_k = hopper.warpgroup_mma(gl.convert_layout(slope, weight_layout), query, grad_k, is_async=True)
         grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
-        _give_back(empty, n)
+        give_back(empty, n)
     return grad_k, grad_v
 
 
@@ -183,7 +160,7 @@ def _hold_keys(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     first_slot = column * BLOCK + half * _TILE
     k_slots = first_slot + gl.arange(0, _TILE, layout=gl.SliceLayout(1, score_layout))
-    key, value = _tile(keys, half), _tile(values, half)
+    key, value = tile_at(keys, half), tile_at(values, half)
     total_k = gl.zeros([_TILE, width], gl.float32, out_layout)
     total_v = gl.zeros([_TILE, width], gl.float32, out_layout)
     hopper.mbarrier.wait(held_full, 0)
@@ -301,10 +278,10 @@ def _key_tiles(
     slope_layout: gl.constexpr = gl.DotOperandLayout(0, grad_q.type.layout, 2)
     for n in range(start, end):
         zeros = gl.zeros([_TILE, _TILE], gl.float32, score_layout)
-        slope = _start(upstream, _tile(v_ring, n), zeros, False)
+        slope = _start(upstream, tile_at(v_ring, n), zeros, False)
         # After the last tile of what lies there, and thrown away.
         hopper.mbarrier.wait(full.index((n + 1) % _STAGES), (n + 1) // _STAGES & 1, pred=n + 1 < tiles)
-        next_scores = _start(query, _tile(k_ring, n + 1), zeros, False)
+        next_scores = _start(query, tile_at(k_ring, n + 1), zeros, False)
         if PARTIAL:
             entry = place + (n - start) // _TILES
             block = gl.load(indices + entry)
@@ -312,13 +289,13 @@ def _key_tiles(
             k_slots = block * BLOCK + n % _TILES * _TILE + keys
             word = word_of(bits, entry, RULE)
             hidden = pairs_hidden(q_table, k_table, q_slots, k_slots, block, rule, word, RULE, BLOCK, BLOCK)
-            scores = _hide(scores, hidden)
+            scores = hide(scores, hidden)
         weights = gl.exp2(scores * scale_log2 - row_lse[:, None])
         slope = hopper.warpgroup_mma_wait(1, deps=[slope])
         slope = (weights * (slope - row_delta[:, None])).to(k_ring.dtype)
-        grad_q = hopper.warpgroup_mma(gl.convert_layout(slope, slope_layout), _tile(k_ring, n), grad_q, is_async=True)
+        grad_q = hopper.warpgroup_mma(gl.convert_layout(slope, slope_layout), tile_at(k_ring, n), grad_q, is_async=True)
         grad_q, scores = hopper.warpgroup_mma_wait(0, deps=[grad_q, next_scores])
-        _give_back(empty, n)
+        give_back(empty, n)
     return grad_q, scores
 
 
@@ -340,9 +317,9 @@ def _hold_queries(
     zeros = gl.zeros([_TILE, _TILE], gl.float32, score_layout)
     hopper.mbarrier.wait(held_full, 0)
     # From registers, since a product of two such tiles in shared memory waits for their reads.
-    query, upstream = _tile(queries, half).load(gl.DotOperandLayout(0, score_layout, 2)), _tile(upstreams, half)
+    query, upstream = tile_at(queries, half).load(gl.DotOperandLayout(0, score_layout, 2)), tile_at(upstreams, half)
     hopper.mbarrier.wait(full.index(0), 0, pred=tiles > 0)
-    scores = hopper.warpgroup_mma_wait(0, deps=[_start(query, _tile(k_ring, 0), zeros, False)])
+    scores = hopper.warpgroup_mma_wait(0, deps=[_start(query, tile_at(k_ring, 0), zeros, False)])
     total, scores = _key_tiles(
         total, scores, query, upstream, k_ring, v_ring, full, empty, row_lse, row_delta,
         0, full_tiles, tiles, full_start, full_indices, q_slots, q_table, k_table, rule, bits, scale_log2, RULE, False,
