@@ -164,5 +164,7 @@ class TestDeviceMaps:
         expected = forward(model)
         places = {name: 0 for name, _ in model.named_children() if name != "blocks"}
         places |= {name: 0 for name, _ in model.named_parameters(recurse=False)}
-        accelerate.dispatch_model(model, places | {"blocks.0": 0, "blocks.1": where}, main_device=0)
+        # Wan adds its last modulation where the last block was.
+        places |= {name: where for name in ("blocks.1", "norm_out", "proj_out")} | {"blocks.0": 0}
+        accelerate.dispatch_model(model, places, main_device=0)
         torch.testing.assert_close(forward(model).cpu(), expected, atol=1e-4, rtol=1e-3)
