@@ -130,6 +130,7 @@ class TestKernels:
             (["kernels", "--cpu", "--repeats", "0"], "--repeats"),
             (["models", "--model", "tiny"], "allowed are wan-14b"),
             (["models", "--density", "2"], "above 0"),
+            (["models", "--mode", "traced"], "--mode is 'traced'; allowed are eager, compiled."),
             (["nothing"], "nothing"),
             ([], "Missing command; see fastdiff bench --help."),
         ],
@@ -267,14 +268,14 @@ class TestModels:
 
     def test_times_are_scaled_by_list(self):
         depth = {"double": 19, "single": 38}
-        points = depths(depth, full=False)
+        points = depths(depth, 2, full=False)
         assert points == [{"double": 2, "single": 2}, {"double": 4, "single": 2}, {"double": 2, "single": 4}]
         readings = [7 + 3 * point["double"] + 5 * point["single"] for point in points]
         assert scaled(readings, points, depth) == 7 + 3 * 19 + 5 * 38
 
     @pytest.mark.parametrize(("depth", "full"), [({"blocks": 40}, True), ({}, False), ({"blocks": 2}, False)])
     def test_whole_models_are_not_scaled(self, depth, full):
-        points = depths(depth, full)
+        points = depths(depth, 2, full)
         assert points == [depth]
         assert scaled([3.5], points, depth) == 3.5
 

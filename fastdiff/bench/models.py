@@ -30,8 +30,8 @@ from .published_models import Draw
 from .record import milliseconds
 from .rivals import SDPA_BACKENDS, dense_kernels, why_missing
 
-# Blocks of each list in the shortest model that is timed, and how many more in those that tell the time of a block.
-_FEW, _MORE = 2, 2
+# Whole models as diffusers runs them, or with their blocks compiled; in this order, since compiling cannot be undone.
+MODES = ("eager", "compiled")
 _ANY_SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 _logger = logging.getLogger("fastdiff")
@@ -54,19 +54,22 @@ class ModelBench:
         density: What methods are solved for.
         full: Whether all layers are built; otherwise the times of a few are scaled, linearly in the layers.
         repeats: Timed forwards of each depth.
+        modes: Which of `MODES`.
 
     Attributes:
         missing: What was not timed, with the reason.
     """
 
-    def __init__(self, architecture: Architecture, *, density: float, full: bool, repeats: int):
-        self.architecture, self.density, self.repeats = architecture, density, repeats
+    def __init__(
+        self, architecture: Architecture, *, density: float, full: bool, repeats: int, modes: Sequence[str] = MODES
+    ):
+        self.architecture, self.density, self.repeats, self.modes = architecture, density, repeats, modes
         self.depth = architecture.depth()
-        self.points = depths(self.depth, full)
+        self.points = depths(self.depth, architecture.few, full)
         self.missing: dict[str, str] = {}
 
     def run(self) -> list[dict[str, Any]]:
-        """Builds the model and times every row, first eager, then with compiled blocks."""
+        """Builds the model and times every row, eager before compiled."""
         try:
             return self._run()
         finally:
@@ -85,7 +88,7 @@ class ModelBench:
         self.lists = {name: list(getattr(self.model, name)) for name in self.depth}
         rows = [*self._dense_rows(), *self._sparse_rows()]
         records = []
-        for mode in ("eager", "compiled"):
+        for mode in self.modes:
             if mode == "compiled":
                 compile_blocks(self.model, list(self.depth))
             for row in rows:
@@ -100,7 +103,7 @@ class ModelBench:
         for name in SDPA_BACKENDS:
             attend = dense_kernels("cuda")[name]
             try:
-                times[name] = statistics.median(milliseconds(lambda attend=attend: attend(*inputs), "cuda", 3))
+                times[name] = statistics.median(milliseconds(lambda attend=attend: attend(*inputs), "cuda", 1))
             except RuntimeError as error:
                 if why_missing(error) is None:
                     raise
@@ -233,13 +236,12 @@ class ModelBench:
         return 1e3 * (time.perf_counter() - start)
 
 
-def depths(depth: dict[str, int], full: bool) -> list[dict[str, int]]:
-    """The depths to time: all blocks, or a few of each list, and then more of each list in turn."""
+def depths(depth: dict[str, int], few: int, full: bool) -> list[dict[str, int]]:
+    """The depths to time: all blocks, or a few of each list, and then twice as many of each list in turn."""
     if full or not depth:
         return [depth]
-    few = {name: min(_FEW, count) for name, count in depth.items()}
-    more = [few | {name: few[name] + _MORE} for name, count in depth.items() if count >= few[name] + _MORE]
-    return [few, *more]
+    shortest = {name: min(few, count) for name, count in depth.items()}
+    return [shortest, *(shortest | {name: 2 * few} for name, count in depth.items() if count >= 2 * few)]
 
 
 def scaled(readings: Sequence[float], points: Sequence[dict[str, int]], depth: dict[str, int]) -> float:

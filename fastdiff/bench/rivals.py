@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from fastdiff_kernels import BlockPlan
-from fastdiff_kernels.export import flex_block_mask, from_slots, to_slots
+from fastdiff_kernels.export import flex_block_mask, flex_tiles, from_slots, to_slots
 
 # q, k and v `[1, tokens, heads, head_dim]` to the output, of the same shape.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -70,7 +70,7 @@ class FlexBlocks:
     def __init__(self, plan: BlockPlan):
         mask = flex_block_mask(plan)
         compiled = torch.compile(flex_attention, dynamic=False)
-        self.attend = lambda q, k, v: compiled(q, k, v, block_mask=mask)
+        self.attend = lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=flex_tiles(plan, q))
         self._sides = plan.query, plan.key, plan.key
 
     def slots(self, *tokens: torch.Tensor) -> list[torch.Tensor]:

@@ -130,6 +130,7 @@ GPU_SHAPES: tuple[Shape, ...] = (
         40,
         lambda: (AgentConfig((32, 32), steps=(0.0, 1.0)),),
     ),
+    *(Shape(f"head-dim-{dim}", "another head dim", _COG, 24, dim, lambda: (_WHOLE,)) for dim in (40, 48, 80, 96, 256)),
 )
 
 _SMALL = Grid(32, 16, 16)

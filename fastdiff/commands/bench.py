@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from fastdiff.bench.kernels import Bench
     from fastdiff.bench.models import ModelBench
 
-# The names of fastdiff.bench.shapes and fastdiff.bench.architectures, whose packages bring torch.
-SHAPES = ("W", "W-8-heads", "W-509-frames", "wan-1.3b", "hunyuan", "flux-4k", "flux-8k", "cogvideox", "sd-1.5")
+# The names of fastdiff.bench.shapes, .models and .architectures, whose packages bring torch.
+SHAPES = (
+    "W", "W-8-heads", "W-509-frames", "wan-1.3b", "hunyuan", "flux-4k", "flux-8k", "cogvideox", "sd-1.5",
+    "head-dim-40", "head-dim-48", "head-dim-80", "head-dim-96", "head-dim-256",
+)  # fmt: skip
 CPU_SHAPES = ("portable-64", "portable-128")
+MODES = ("eager", "compiled")
 MODELS = ("wan-14b", "wan-1.3b", "hunyuan", "cogvideox", "mochi", "flux", "flux-8k", "sdxl")
 
 app = typer.Typer(help="Time kernels alone, or whole models, on this machine's GPU.", rich_markup_mode=None)
@@ -79,6 +83,9 @@ def models(
     full: Annotated[
         bool, typer.Option("--full", help="Build all layers; by default a few, and times are scaled to all.")
     ] = False,
+    mode: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"{' or '.join(MODES)}, repeatable. Both by default.")
+    ] = None,
     density: Annotated[float, typer.Option(help="What methods are solved for, where they can be.")] = 0.3,
     repeats: Repeats = 3,
     output: Annotated[Path, typer.Option(help="The JSON file for the records.")] = Path("outputs/bench-models.json"),
@@ -94,7 +101,7 @@ def models(
 
     \b
     Examples:
-      fastdiff bench models --model wan-14b
+      fastdiff bench models --model wan-14b --mode compiled
       fastdiff bench models --model flux --model sdxl --full
     """
     from fastdiff.bench.architectures import ARCHITECTURES
@@ -106,10 +113,11 @@ def models(
 
     check_density(density)
     chosen = _chosen("--model", model or [], {some.name: some for some in ARCHITECTURES})
+    timed = _chosen("--mode", mode or [], {name: name for name in MODES})
     _require_gpu("whole models are timed on a GPU only")
 
     def bench(some: Any) -> ModelBench:
-        return ModelBench(some, density=density, full=full, repeats=repeats)
+        return ModelBench(some, density=density, full=full, repeats=repeats, modes=timed)
 
     _run(chosen, bench, conditions("cuda", commit), output, as_json, bench_tables.models)
 

@@ -89,6 +89,16 @@ def flex_block_mask(plan: BlockPlan, key_mask: torch.Tensor | None = None) -> Bl
     )  # fmt: skip
 
 
+def flex_tiles(plan: BlockPlan, q: torch.Tensor) -> dict[str, int]:
+    """Tiles of FlexAttention's forward kernel for a plan, as its `kernel_options`; none for its own choice.
+
+    Its own may not divide the plan's blocks, or leave no shared memory for the tables that the mask is looked up in.
+    """
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 128:
+        return {}
+    return {"fwd_BLOCK_M": min(128, plan.query.block), "fwd_BLOCK_N": min(64, plan.key.block)}
+
+
 def fa4_lists(plan: BlockPlan) -> FA4Lists:
     """A plan for FlashAttention-4, over tensors in the plan's order that end with their last token.
 
@@ -130,17 +140,24 @@ def flex(
         UnsupportedError: In code that is being compiled, or if a gradient is wanted where FlexAttention has none.
     """
     _refuse_tracing("flex")
-    if q.device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise UnsupportedError(
-            f"FlexAttention has no gradients on {q.device.type}; use another backend to train there."
-        )
+    on_gpu, blocks = q.device.type == "cuda", (plan.query.block, plan.key.block)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if not on_gpu:
+            raise UnsupportedError(
+                f"FlexAttention has no gradients on {q.device.type}; use another backend to train there."
+            )
+        if any(block % 128 for block in blocks):
+            raise UnsupportedError(
+                f"this plan has blocks of {blocks[0]} x {blocks[1]}, and FlexAttention's backward kernel may take "
+                "multiples of 128 only; use backend='triton' to train, or a plan of such blocks."
+            )
     if key_mask is not None:
         mask = flex_block_mask(plan, key_mask)
     elif (mask := _masks.get(plan)) is None:
         mask = _masks[plan] = flex_block_mask(plan)
     slots = (to_slots(x, side).transpose(1, 2) for x, side in ((q, plan.query), (k, plan.key), (v, plan.key)))
-    call = _compiled_flex() if q.device.type == "cuda" else flex_attention
-    out, aux = call(*slots, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    call, tiles = (_compiled_flex(), flex_tiles(plan, q)) if on_gpu else (flex_attention, None)
+    out, aux = call(*slots, block_mask=mask, scale=scale, kernel_options=tiles, return_aux=AuxRequest(lse=True))
     lse = from_slots(aux.lse.transpose(1, 2), plan.query).transpose(1, 2) if return_lse else None
     return from_slots(out.transpose(1, 2), plan.query), lse
 
