@@ -221,12 +221,12 @@ def fake_fa4(monkeypatch):
 
 def test_the_fa4_call_hands_over_tensors_in_order(fake_fa4):
     plan = whole_blocks()
-    out, lse = export.fa4(*draw(plan), plan, 0.3, None, True)
-    truth, true_lse = attention(*draw(plan), plan, backend="reference", scale=0.3, return_lse=True)
+    q, k, v = (x.cpu() for x in draw(plan))
+    out, lse = export.fa4(q, k, v, plan, 0.3, None, True)
+    truth, true_lse = attention(q, k, v, plan, backend="reference", scale=0.3, return_lse=True)
     torch.testing.assert_close(out, truth, **EXACT)
     torch.testing.assert_close(lse, true_lse, **EXACT)
     assert not dense_mask(plan).any(-1).all()
-    q, k, v = draw(plan)
     with pytest.raises(UnsupportedError, match="no backward"):
         export.fa4(q.requires_grad_(), k, v, plan, 0.3, None, False)
     with pytest.raises(UnsupportedError, match="key_mask"):

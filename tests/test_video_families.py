@@ -173,6 +173,26 @@ def test_mochi_compiled():
     torch.testing.assert_close(run(model, inputs), eager)
 
 
+def test_mochi_compiled_block_by_block(caplog):
+    """Not in full graphs: what stands between two breaks is compiled by itself, dense and sparse."""
+    torch.manual_seed(0)
+    model, inputs = joint.tiny_mochi(), joint.mochi_inputs(2, 5, 4)
+    dense = run(model, inputs)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    assert torch.equal(run(model, inputs), dense)
+    fastdiff.apply(model, fastdiff.NeighborhoodConfig((1, 2, 2), block_size=32))
+    sparse = run(model, inputs)
+    assert torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(run(model, inputs), sparse)
+    assert not torch.allclose(sparse, dense, atol=1e-3)
+    fastdiff.remove(model)
+    assert torch.equal(run(model, inputs), dense)
+    assert "stayed dense" not in caplog.text
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_mochi_with_a_layout_that_is_too_short_is_refused(compiled):
     model = joint.tiny_mochi()

@@ -26,7 +26,7 @@ DENSE = (*SDPA_BACKENDS, "FlexAttention, dense", "torch SDPA")
 # What a torch without the kernel says of a call, or a kernel of a call that it does not take.
 _MISSING = (
     "No available kernel", "No valid execution plans", "not supported", "NYI", "not compiled", "out of memory",
-    "out of resource",
+    "out of resource", "No choices to select",
 )  # fmt: skip
 
 

@@ -90,13 +90,12 @@ def flex_block_mask(plan: BlockPlan, key_mask: torch.Tensor | None = None) -> Bl
 
 
 def flex_tiles(plan: BlockPlan, q: torch.Tensor) -> dict[str, int]:
-    """Tiles of FlexAttention's forward kernel for a plan, as its `kernel_options`; none for its own choice.
+    """Tiles of FlexAttention's forward kernel for a plan, as its `kernel_options`.
 
     Its own may not divide the plan's blocks, or leave no shared memory for the tables that the mask is looked up in.
     """
-    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 128:
-        return {}
-    return {"fwd_BLOCK_M": min(128, plan.query.block), "fwd_BLOCK_N": min(64, plan.key.block)}
+    rows, columns = (128, 64) if q.element_size() == 2 and q.shape[-1] <= 128 else (64, 32)
+    return {"fwd_BLOCK_M": min(rows, plan.query.block), "fwd_BLOCK_N": min(columns, plan.key.block)}
 
 
 def fa4_lists(plan: BlockPlan) -> FA4Lists:

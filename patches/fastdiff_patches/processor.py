@@ -107,6 +107,10 @@ class Layer:
         """Called before the processor where calls are noted."""
         self.reached = False
 
+    def reach(self) -> None:
+        """Called at the processor's attention call where calls are noted."""
+        self.reached, self.stray = True, None
+
     def left(self, processor: Any) -> None:
         """Called after the processor in eager mode: warns once if its attention call went past us."""
         if self.active and not self.reached and self.stray is None and not self.warned:
@@ -172,8 +176,6 @@ class Layer:
         Raises:
             UnsupportedError: If the call asks for what the sparse path cannot do.
         """
-        if self.watches():
-            self.reached, self.stray = True, None
         group, rest = divmod(query.shape[2], key.shape[2])
         if causal or dropout or rest:
             raise UnsupportedError(

@@ -33,6 +33,8 @@ class Layer(Protocol):
 
     def entered(self) -> None: ...
 
+    def reach(self) -> None: ...
+
     def left(self, processor: Any) -> None: ...
 
     def gathers(self) -> bool: ...
@@ -53,6 +55,16 @@ class _Here(threading.local):
     def __init__(self):
         self.layer: Layer | None = None
         self.inputs: dict[str, Any] | None = None
+        # Whether calls are noted, as the processor's frame found it: what it calls may be compiled without it.
+        self.watched = False
+
+    def take(self, queries: int, keys: int, parallel: Any = None) -> Layer | None:
+        """The layer whose processor is running, if the attention call is for it."""
+        if self.layer is None or not self.layer.takes(queries, keys, parallel):
+            return None
+        if self.watched:
+            self.layer.reach()
+        return self.layer
 
 
 _here = _Here()
@@ -78,8 +90,8 @@ def _dispatch(
     backend=None,
     parallel_config=None,
 ):
-    layer = _here.layer
-    if layer is not None and layer.takes(query.shape[1], key.shape[1], parallel_config):
+    layer = _here.take(query.shape[1], key.shape[1], parallel_config)
+    if layer is not None:
         return layer.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config, _here.inputs)
     return attention_dispatch.dispatch_attention_fn(
         query,
@@ -97,8 +109,8 @@ def _dispatch(
 
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    layer = _here.layer
-    if layer is not None and layer.takes(query.shape[2], key.shape[2]):
+    layer = _here.take(query.shape[2], key.shape[2])
+    if layer is not None:
         natural = (x.transpose(1, 2) for x in (query, key, value))
         return layer.attend(*natural, attn_mask, dropout_p, is_causal, scale, None, _here.inputs).transpose(1, 2)
     return F.scaled_dot_product_attention(
@@ -138,6 +150,15 @@ def _shadow(source: types.ModuleType) -> types.ModuleType:
     return _shadows[source.__name__]
 
 
+def _copied(code: types.CodeType) -> types.CodeType:
+    """The same code, and that of its inner functions, as objects of their own.
+
+    torch.compile keeps what it compiled by the code object, under names in the globals that it ran with.
+    """
+    inner = tuple(_copied(each) if isinstance(each, types.CodeType) else each for each in code.co_consts)
+    return code.replace(co_consts=inner)
+
+
 def _calls_attention(cls: type) -> bool:
     code = getattr(cls.__call__, "__code__", None)
     return code is not None and not _CALLS.isdisjoint(code.co_names)
@@ -153,7 +174,8 @@ def _adopted_class(cls: type) -> type:
                 "set the model's default processors first (for example model.set_attn_processor)."
             )
         shadow = _shadow(sys.modules[call.__module__])
-        same = types.FunctionType(call.__code__, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__)
+        code = _copied(call.__code__)
+        same = types.FunctionType(code, shadow.__dict__, call.__name__, call.__defaults__, call.__closure__)
         same.__kwdefaults__ = call.__kwdefaults__
         names = tuple(inspect.signature(call).parameters)[1:]
 
@@ -161,11 +183,12 @@ def _adopted_class(cls: type) -> type:
             layer = self._fastdiff
             if layer is None:
                 return same(self, *args, **kwargs)
-            if layer.watches():
+            watched = layer.watches()
+            if watched:
                 layer.entered()
             inputs = layer.gather({**dict(zip(names, args, strict=False)), **kwargs}) if layer.gathers() else None
-            outer = _here.layer, _here.inputs
-            _here.layer, _here.inputs = layer, inputs
+            outer = _here.layer, _here.inputs, _here.watched
+            _here.layer, _here.inputs, _here.watched = layer, inputs, watched
             try:
                 if inputs is not None and len(args) > 1:
                     args = (args[0], layer.enter(args[1], inputs), *args[2:])
@@ -175,8 +198,8 @@ def _adopted_class(cls: type) -> type:
                 if inputs is not None:
                     out = layer.leave(out, inputs)
             finally:
-                _here.layer, _here.inputs = outer
-            if not torch.compiler.is_compiling():
+                _here.layer, _here.inputs, _here.watched = outer
+            if watched and not torch.compiler.is_compiling():
                 layer.left(self)
             return out
 
