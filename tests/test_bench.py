@@ -76,7 +76,9 @@ class TestKernels:
         monkeypatch.setattr(kernels, "dense_kernels", lambda device: {"torch SDPA": lambda q, k, v: v})
         assert "torch SDPA on shape tiny" in fails("bench", "kernels", "--cpu", "--output", tmp_path / "b.json")
 
-    @pytest.mark.parametrize("says", ["No available kernel. Aborting execution.", "out of resource: flex", "No choices to select"])
+    @pytest.mark.parametrize(
+        "says", ["No available kernel. Aborting execution.", "out of resource: flex", "No choices to select"]
+    )
     def test_a_missing_dense_kernel_is_named(self, monkeypatch, says):
         def absent(q, k, v):
             raise RuntimeError(says)
