@@ -56,7 +56,7 @@ def conditions(records: list[dict[str, Any]]) -> str:
         found = commits.setdefault(f"{record['gpu'].replace('none, ', '')}, {versions(record['versions'])}", [])
         if record["commit"] not in (*found, "unknown"):
             found.append(record["commit"])
-    return "; ".join(run + (f", commit {' and '.join(found)}" if found else "") for run, found in commits.items()) + "."
+    return "; ".join(run + (f", commit {', '.join(found)}" if found else "") for run, found in commits.items()) + "."
 
 
 def models(records: list[dict[str, Any]]) -> str:
