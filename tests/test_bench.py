@@ -305,16 +305,18 @@ class TestModels:
         ours = op("fastdiff::block_sparse", kernels=[("_forward_kernel", 4000), ("_gather_kernel", 100)])
         linear = op("aten::linear")
         sdpa = op("aten::scaled_dot_product_attention")
+        fused = "triton_poi_fused__scaled_dot_product_cudnn_attention_add_cat_3"
         events = [
             ours,
             op("aten::index_select", ours, [("indexSelectLargeIndex", 300)]),
             op("aten::addmm", linear, [("nvjet", 2000)]),
             op("aten::_scaled_dot_product_cudnn_attention", sdpa, [("cudnn_sm90", 1000)]),
             op("aten::add", None, [("vectorized", 50)]),
-            on_device(4000 + 100 + 300 + 2000 + 1000 + 50 + 25),
+            op(fused, None, [(fused, 60)]),
+            on_device(4000 + 100 + 300 + 2000 + 1000 + 50 + 60 + 25),
             on_device(10_000, annotation=True),
         ]
-        assert add_up(events) == {"attention": 5.0, "linears": 2.0, "element-wise": 0.075, "reorder": 0.4}
+        assert add_up(events) == {"attention": 5.0, "linears": 2.0, "element-wise": 0.135, "reorder": 0.4}
 
 
 def test_a_commit_is_not_that_of_somebody_elses_checkout(monkeypatch):
