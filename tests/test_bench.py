@@ -12,7 +12,7 @@ from fastdiff import cli
 from fastdiff.bench import kernels, record, rivals, shapes
 from fastdiff.bench.architectures import ARCHITECTURES
 from fastdiff.bench.breakdown import add_up
-from fastdiff.bench.models import BUILDERS, ModelBench, depths, scaled
+from fastdiff.bench.models import BUILDERS, MODES, ModelBench, depths, scaled
 from fastdiff.bench.published_models import Draw, wan_inputs
 from fastdiff.bench.truth import check_agents, check_gradients, check_output
 from fastdiff.commands import bench
@@ -150,6 +150,7 @@ class TestKernels:
         assert tuple(shape.name for shape in shapes.GPU_SHAPES) == bench.SHAPES
         assert tuple(shape.name for shape in shapes.CPU_SHAPES) == bench.CPU_SHAPES
         assert tuple(one.name for one in ARCHITECTURES) == bench.MODELS
+        assert MODES == bench.MODES
 
 
 class TestTruth:
