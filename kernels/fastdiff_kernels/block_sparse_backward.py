@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .block_sparse import head_step, mask_in_order, pairs_seen, word_of
 from .plan import BlockPlan
-from .reorder import gather
+from .reorder import gather, key_limits
 from .tuning import BackwardTile, backward_tile, hopper_backward, shared_memory_of
 
 # Slots that one program turns into row terms.
@@ -252,9 +252,10 @@ def backward(
     query, *others = gather((q, queries), (grad, queries), (k, keys), (v, keys))
     tensors = (query, *others, *terms)
     hopper = hopper_backward(q.device)
-    if hopper is not None and hopper.fits(query, plan, scale, key_mask):
-        hopper.walk_rows(*tensors, grad_q, plan, scale)
-        hopper.walk_columns(*tensors, grad_k, grad_v, plan, scale)
+    if hopper is not None and hopper.fits(query, plan, scale):
+        limits = None if key_mask is None else key_limits(key_mask, keys, plan.key.block)
+        hopper.walk_rows(*tensors, grad_q, plan, scale, limits)
+        hopper.walk_columns(*tensors, grad_k, grad_v, plan, scale, limits)
     else:
         if key_mask is not None:
             key_mask = mask_in_order(key_mask, plan.key.order)

@@ -134,7 +134,7 @@ def _hide_partial(scores, n, q_slots, q_table, k_table, indices, rule, bits, RUL
 
 
 @gluon.jit
-def _hide_masked(scores, block, n, limits, masked):
+def hide_masked(scores, block, n, limits, masked):
     """Scores of tile n, which lies in `block`, -inf where the key mask hides the key."""
     keys: gl.constexpr = scores.type.shape[1]
     if gl.load(masked + block):
@@ -213,7 +213,7 @@ def _steps(
             scores = _hide_partial(scores, place + n, q_slots, q_table, k_table, indices, rule, bits, RULE)
         if HAS_KEY_MASK:
             block = gl.load(indices + (place + n) // parts)
-            scores = _hide_masked(scores, block, n, limits, masked)
+            scores = hide_masked(scores, block, n, limits, masked)
         weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, PARTIAL or HAS_KEY_MASK)
         row_sum = _before_waiting(row_sum)
         acc = hopper.warpgroup_mma_wait(0, deps=[sums])
@@ -257,7 +257,7 @@ def _attend(
             scores = _hide_partial(scores, place, q_slots, q_table, k_table, partial_indices, rule, bits, RULE)
         if HAS_KEY_MASK:
             block = gl.load(full_indices + full_start) if full_tiles > 0 else gl.load(partial_indices + partial_start)
-            scores = _hide_masked(scores, block, 0, limits, masked)
+            scores = hide_masked(scores, block, 0, limits, masked)
         weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, True)
         acc, weights, shrink, row_max, row_sum = _steps(
             half, acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_sparse import head_step, pairs_hidden, word_of
-from .hopper import give_back, hide, tile_at, wait
+from .hopper import give_back, hide, hide_masked, tile_at, wait
 from .plan import BlockPlan
 
 BLOCK = gl.constexpr(128)
@@ -33,7 +33,7 @@ _STAGES = gl.constexpr(3)
 TERM_TILE = [1, _TILE.value]
 TERM_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 # What differs from call to call without a need to compile anew.
-_COUNTS = ("batches", "heads", "q_blocks", "k_blocks", "list_step", "heavy")
+_COUNTS = ("batches", "heads", "q_blocks", "k_blocks", "list_step", "heavy", "mask_heads")
 
 
 @gluon.jit
@@ -152,7 +152,8 @@ def _query_tiles(
 def _hold_keys(
     half: gl.constexpr, keys, values, held_full, q_ring, up_ring, lse_ring, delta_ring, full, empty,
     grad_k, grad_v, k_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices, partial_start,
-    tiles, rule, bits, bit_place, column, out_stride, scale, scale_log2, HEAD_DIM: gl.constexpr, RULE: gl.constexpr,
+    tiles, rule, bits, bit_place, limits, column, out_stride, scale, scale_log2,
+    HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """A computing group of a column: 64 keys."""
     width: gl.constexpr = keys.shape[3]
@@ -174,6 +175,11 @@ def _hold_keys(
         full_tiles, tiles, partial_start, partial_indices, k_slots, column, q_table, k_table, rule, bits, bit_place,
         scale_log2, RULE, True,
     )  # fmt: skip
+    if HAS_KEY_MASK:
+        # A row is one key's, so what it added up without being seen can be thrown away here, infinite or not.
+        slots = first_slot + gl.arange(0, _TILE, layout=gl.SliceLayout(1, out_layout))
+        seen = (gl.load(limits + slots) > 0)[:, None]
+        total_k, total_v = gl.where(seen, total_k, 0.0), gl.where(seen, total_v, 0.0)
     _store(grad_k, total_k * scale, k_order, first_slot, out_stride, HEAD_DIM)
     _store(grad_v, total_v, k_order, first_slot, out_stride, HEAD_DIM)
 
@@ -181,10 +187,10 @@ def _hold_keys(
 @gluon.jit(do_not_specialize=_COUNTS)
 def _columns_kernel(
     q_desc, up_desc, k_desc, v_desc, lse_desc, delta_desc, grad_k, grad_v, k_order, q_table, k_table, launch_order,
-    full_offsets, full_indices, partial_offsets, partial_indices, rule, bits, bit_place,
+    full_offsets, full_indices, partial_offsets, partial_indices, rule, bits, bit_place, limits,
     out_stride_b, out_stride_n, out_stride_h,
     batches, heads, k_blocks, heavy, q_slots, k_slots, k_order_step, q_table_step, k_table_step, list_step,
-    scale_log2, scale, HEAD_DIM: gl.constexpr, RULE: gl.constexpr,
+    mask_heads, scale_log2, scale, HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     batch, head, column = _which(launch_order, batches, heads, k_blocks, heavy, list_step)
     offset = head * list_step * (k_blocks + 1) + column
@@ -198,6 +204,8 @@ def _columns_kernel(
     k_table += head64 * k_table_step
     grad_k += batch64 * out_stride_b + head64 * out_stride_h
     grad_v += batch64 * out_stride_b + head64 * out_stride_h
+    if HAS_KEY_MASK:
+        limits += (batch64 * mask_heads + head64 % mask_heads) * k_slots
 
     dtype: gl.constexpr = k_desc.dtype
     width: gl.constexpr = k_desc.block_type.shape[2]
@@ -225,8 +233,8 @@ def _columns_kernel(
                 (
                     0, keys, values, held_full, q_ring, up_ring, lse_ring, delta_ring, full, empty,
                     grad_k, grad_v, k_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices,
-                    partial_start, tiles, rule, bits, bit_place, column, out_stride_n, scale, scale_log2,
-                    HEAD_DIM, RULE,
+                    partial_start, tiles, rule, bits, bit_place, limits, column, out_stride_n, scale, scale_log2,
+                    HEAD_DIM, RULE, HAS_KEY_MASK,
                 ),
             ),
             (
@@ -234,8 +242,8 @@ def _columns_kernel(
                 (
                     1, keys, values, held_full, q_ring, up_ring, lse_ring, delta_ring, full, empty,
                     grad_k, grad_v, k_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices,
-                    partial_start, tiles, rule, bits, bit_place, column, out_stride_n, scale, scale_log2,
-                    HEAD_DIM, RULE,
+                    partial_start, tiles, rule, bits, bit_place, limits, column, out_stride_n, scale, scale_log2,
+                    HEAD_DIM, RULE, HAS_KEY_MASK,
                 ),
             ),
             (
@@ -270,8 +278,8 @@ def _copy_keys(
 @gluon.jit
 def _key_tiles(
     grad_q, scores, query, upstream, k_ring, v_ring, full, empty, row_lse, row_delta,
-    start, end, tiles, place, indices, q_slots, q_table, k_table, rule, bits, scale_log2,
-    RULE: gl.constexpr, PARTIAL: gl.constexpr,
+    start, end, tiles, place, indices, q_slots, q_table, k_table, rule, bits, limits, masked, scale_log2,
+    RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     """Adds tiles start to end of a row to its dQ / scale; scores are one tile ahead."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
@@ -282,8 +290,10 @@ def _key_tiles(
         # After the last tile of what lies there, and thrown away.
         hopper.mbarrier.wait(full.index((n + 1) % _STAGES), (n + 1) // _STAGES & 1, pred=n + 1 < tiles)
         next_scores = _start(query, tile_at(k_ring, n + 1), zeros, False)
+        entry = place + (n - start) // _TILES
+        if HAS_KEY_MASK:
+            scores = hide_masked(scores, gl.load(indices + entry), n, limits, masked)
         if PARTIAL:
-            entry = place + (n - start) // _TILES
             block = gl.load(indices + entry)
             keys = gl.arange(0, _TILE, layout=gl.SliceLayout(0, score_layout))
             k_slots = block * BLOCK + n % _TILES * _TILE + keys
@@ -303,7 +313,8 @@ def _key_tiles(
 def _hold_queries(
     half: gl.constexpr, queries, upstreams, held_full, k_ring, v_ring, full, empty, grad_q,
     lse, delta, q_order, q_table, k_table, full_indices, full_start, full_tiles, partial_indices, partial_start, tiles,
-    rule, bits, row, out_stride, scale, scale_log2, HEAD_DIM: gl.constexpr, RULE: gl.constexpr,
+    rule, bits, limits, masked, row, out_stride, scale, scale_log2,
+    HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """A computing group of a row: 64 queries."""
     width: gl.constexpr = queries.shape[3]
@@ -322,12 +333,13 @@ def _hold_queries(
     scores = hopper.warpgroup_mma_wait(0, deps=[_start(query, tile_at(k_ring, 0), zeros, False)])
     total, scores = _key_tiles(
         total, scores, query, upstream, k_ring, v_ring, full, empty, row_lse, row_delta,
-        0, full_tiles, tiles, full_start, full_indices, q_slots, q_table, k_table, rule, bits, scale_log2, RULE, False,
+        0, full_tiles, tiles, full_start, full_indices, q_slots, q_table, k_table, rule, bits, limits, masked,
+        scale_log2, RULE, HAS_KEY_MASK, False,
     )  # fmt: skip
     total, scores = _key_tiles(
         total, scores, query, upstream, k_ring, v_ring, full, empty, row_lse, row_delta,
-        full_tiles, tiles, tiles, partial_start, partial_indices, q_slots, q_table, k_table, rule, bits, scale_log2,
-        RULE, True,
+        full_tiles, tiles, tiles, partial_start, partial_indices, q_slots, q_table, k_table, rule, bits, limits, masked,
+        scale_log2, RULE, HAS_KEY_MASK, True,
     )  # fmt: skip
     _store(grad_q, total * scale, q_order, first_slot, out_stride, HEAD_DIM)
 
@@ -335,10 +347,10 @@ def _hold_queries(
 @gluon.jit(do_not_specialize=_COUNTS)
 def _rows_kernel(
     q_desc, up_desc, k_desc, v_desc, grad_q, lse, delta, q_order, q_table, k_table, launch_order,
-    full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
+    full_offsets, full_indices, partial_offsets, partial_indices, rule, bits, limits, masked,
     out_stride_b, out_stride_n, out_stride_h,
     batches, heads, q_blocks, heavy, q_slots, k_slots, q_order_step, q_table_step, k_table_step, list_step,
-    scale_log2, scale, HEAD_DIM: gl.constexpr, RULE: gl.constexpr,
+    mask_heads, scale_log2, scale, HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     batch, head, row = _which(launch_order, batches, heads, q_blocks, heavy, list_step)
     offset = head * list_step * (q_blocks + 1) + row
@@ -353,6 +365,10 @@ def _rows_kernel(
     lse += (batch64 * heads + head64) * q_slots
     delta += (batch64 * heads + head64) * q_slots
     grad_q += batch64 * out_stride_b + head64 * out_stride_h
+    if HAS_KEY_MASK:
+        layer_of_mask = batch64 * mask_heads + head64 % mask_heads
+        limits += layer_of_mask * k_slots
+        masked += layer_of_mask * (k_slots // BLOCK)
 
     dtype: gl.constexpr = q_desc.dtype
     width: gl.constexpr = q_desc.block_type.shape[2]
@@ -376,7 +392,7 @@ def _rows_kernel(
                 (
                     0, queries, upstreams, held_full, k_ring, v_ring, full, empty, grad_q, lse, delta, q_order,
                     q_table, k_table, full_indices, full_start, full_tiles, partial_indices, partial_start, tiles,
-                    rule, bits, row, out_stride_n, scale, scale_log2, HEAD_DIM, RULE,
+                    rule, bits, limits, masked, row, out_stride_n, scale, scale_log2, HEAD_DIM, RULE, HAS_KEY_MASK,
                 ),
             ),
             (
@@ -384,7 +400,7 @@ def _rows_kernel(
                 (
                     1, queries, upstreams, held_full, k_ring, v_ring, full, empty, grad_q, lse, delta, q_order,
                     q_table, k_table, full_indices, full_start, full_tiles, partial_indices, partial_start, tiles,
-                    rule, bits, row, out_stride_n, scale, scale_log2, HEAD_DIM, RULE,
+                    rule, bits, limits, masked, row, out_stride_n, scale, scale_log2, HEAD_DIM, RULE, HAS_KEY_MASK,
                 ),
             ),
             (
@@ -401,11 +417,10 @@ def _rows_kernel(
     )  # fmt: skip
 
 
-def fits(query: torch.Tensor, plan: BlockPlan, scale: float, key_mask: torch.Tensor | None) -> bool:
+def fits(query: torch.Tensor, plan: BlockPlan, scale: float) -> bool:
     """Whether these kernels compute the call; all others are for block_sparse_backward.py."""
     return (
-        key_mask is None
-        and scale > 0
+        scale > 0
         and (plan.query.block, plan.key.block) == (BLOCK.value, BLOCK.value)
         and query.shape[-1] in range(40, 129, 8)
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -423,6 +438,7 @@ def walk_columns(
     grad_v: torch.Tensor,
     plan: BlockPlan,
     scale: float,
+    limits: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
     """Writes dK and dV.
 
@@ -430,6 +446,7 @@ def walk_columns(
         query, upstream, key, value: In the plan's order, contiguous `[batch, slots, heads, head_dim]`.
         lse, delta: Of the query slots, float32 `[batch, heads, slots]`; the log-sum-exp to base 2.
         grad_k, grad_v: In the order of the tokens.
+        limits: Of a key mask, see `reorder.key_limits`.
     """
     batch, _, heads, head_dim = query.shape
     rule, lists = plan.kernel_rule, plan.transposed
@@ -437,10 +454,11 @@ def walk_columns(
         *(_tiles_of(x) for x in (query, upstream, key, value)), _terms_of(lse), _terms_of(delta), grad_k, grad_v,
         plan.key.order, rule.query, rule.key, lists.launch_order,
         lists.full.offsets, lists.full.indices, lists.partial.offsets, lists.partial.indices,
-        rule.parameters, plan.bits, lists.bit_place, *grad_k.stride()[:3],
+        rule.parameters, plan.bits, lists.bit_place, lse if limits is None else limits[0], *grad_k.stride()[:3],
         batch, heads, plan.key_blocks, lists.heavy, plan.query.slots, plan.key.slots,
         head_step(plan.key.order), head_step(rule.query), head_step(rule.key), int(plan.lists > 1),
-        scale / math.log(2), scale, HEAD_DIM=head_dim, RULE=rule.kind, num_warps=4,
+        plan.key.order.shape[0], scale / math.log(2), scale,
+        HEAD_DIM=head_dim, RULE=rule.kind, HAS_KEY_MASK=limits is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -454,6 +472,7 @@ def walk_rows(
     grad_q: torch.Tensor,
     plan: BlockPlan,
     scale: float,
+    limits: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
     """Writes dQ, in the order of the tokens; arguments as in `walk_columns`."""
     batch, _, heads, head_dim = query.shape
@@ -462,10 +481,11 @@ def walk_rows(
         *(_tiles_of(x) for x in (query, upstream, key, value)), grad_q, lse, delta,
         plan.query.order, rule.query, rule.key, plan.launch_order,
         plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
-        rule.parameters, plan.bits, *grad_q.stride()[:3],
+        rule.parameters, plan.bits, *((lse, lse) if limits is None else limits), *grad_q.stride()[:3],
         batch, heads, plan.query_blocks, plan.heavy_rows, plan.query.slots, plan.key.slots,
         head_step(plan.query.order), head_step(rule.query), head_step(rule.key), int(plan.lists > 1),
-        scale / math.log(2), scale, HEAD_DIM=head_dim, RULE=rule.kind, num_warps=4,
+        plan.key.order.shape[0], scale / math.log(2), scale,
+        HEAD_DIM=head_dim, RULE=rule.kind, HAS_KEY_MASK=limits is not None, num_warps=4,
     )  # fmt: skip
 
 
