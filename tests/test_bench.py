@@ -301,7 +301,8 @@ class TestModels:
         def on_device(us, annotation=False):
             span = SimpleNamespace(elapsed_us=lambda: us)
             kind = torch.autograd.DeviceType.CUDA
-            return SimpleNamespace(device_type=kind, is_user_annotation=annotation, time_range=span, kernels=[])
+            what = {"name": "a kernel", "kernels": [], "device_type": kind}
+            return SimpleNamespace(is_user_annotation=annotation, time_range=span, **what)
 
         ours = op("fastdiff::block_sparse", kernels=[("_forward_kernel", 4000), ("_gather_kernel", 100)])
         linear = op("aten::linear")
@@ -310,7 +311,8 @@ class TestModels:
         events = [
             ours,
             op("aten::index_select", ours, [("indexSelectLargeIndex", 300)]),
-            op("aten::addmm", linear, [("nvjet", 2000)]),
+            (product := op("aten::addmm", linear, [("nvjet", 2000)])),
+            op("cuLaunchKernelEx", product, [("nvjet", 2000)]),
             op("aten::_scaled_dot_product_cudnn_attention", sdpa, [("cudnn_sm90", 1000)]),
             op("aten::add", None, [("vectorized", 50)]),
             op(fused, None, [(fused, 60)]),

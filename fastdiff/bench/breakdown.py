@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ PARTS = ("attention", "linears", "element-wise", "reorder")
 # What launches a kernel says what it is for, kernels' own names change with GPU and release.
 _LINEARS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_convolution", "aten::convolution")
 _ATTENTION = ("scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention")
+# A call of the CUDA runtime or driver, which launches kernels for the operator around it. In long runs the profiler also
+# gives it those of an operator that by chance has its number.
+_DRIVER = re.compile("(cuda|cu|hip)[A-Z]")
 _MOVES = ("index_select", "gather", "index_copy")
 
 
@@ -38,6 +42,8 @@ def add_up(events: list[Any]) -> dict[str, float]:
     for event in events:
         if event.device_type == device and not event.is_user_annotation:
             total += event.time_range.elapsed_us()
+        if _DRIVER.match(event.name):
+            continue
         for kernel in event.kernels:
             part = _part(_callers(event), kernel.name)
             if part is not None:

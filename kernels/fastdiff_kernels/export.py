@@ -93,9 +93,11 @@ def flex_tiles(plan: BlockPlan, q: torch.Tensor) -> dict[str, int]:
     """Tiles of FlexAttention's forward kernel for a plan, as its `kernel_options`.
 
     Its own may not divide the plan's blocks, or leave no shared memory for the tables that the mask is looked up in.
+    The kernel that it has for fewer than 128 queries takes no tiles, so that is left out.
     """
     rows, columns = (128, 64) if q.element_size() == 2 and q.shape[-1] <= 128 else (64, 32)
-    return {"fwd_BLOCK_M": min(rows, plan.query.block), "fwd_BLOCK_N": min(columns, plan.key.block)}
+    tiles = {"fwd_BLOCK_M": min(rows, plan.query.block), "fwd_BLOCK_N": min(columns, plan.key.block)}
+    return tiles | {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 def fa4_lists(plan: BlockPlan) -> FA4Lists:
