@@ -292,34 +292,47 @@ class TestModels:
         assert usual - 0.1 < plan.density() <= usual
 
     def test_the_breakdown(self):
-        def op(name, parent=None, kernels=()):
-            found = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels]
-            return SimpleNamespace(
-                name=name, cpu_parent=parent, kernels=found, device_type=torch.autograd.DeviceType.CPU
-            )
+        ops, device = [], []
 
-        def on_device(us, annotation=False):
-            span = SimpleNamespace(elapsed_us=lambda: us)
-            kind = torch.autograd.DeviceType.CUDA
-            what = {"name": "a kernel", "kernels": [], "device_type": kind}
-            return SimpleNamespace(is_user_annotation=annotation, time_range=span, **what)
+        def op(name, start, stop, kernels=(), thread=1):
+            number = len(ops) + 1
+            span = {"ts": start, "dur": stop - start, "pid": 7, "tid": thread}
+            ops.append({"cat": "cpu_op", "name": name, "args": {"External id": number}, **span})
+            device.extend(on_device(kernel, us, number) for kernel, us in kernels)
 
-        ours = op("fastdiff::block_sparse", kernels=[("_forward_kernel", 4000), ("_gather_kernel", 100)])
-        linear = op("aten::linear")
-        sdpa = op("aten::scaled_dot_product_attention")
+        def on_device(name, us, number=None, cat="kernel"):
+            args = {} if number is None else {"External id": number}
+            return {"cat": cat, "name": name, "ts": 999, "dur": us, "args": args}
+
         fused = "triton_poi_fused__scaled_dot_product_cudnn_attention_add_cat_3"
-        events = [
-            ours,
-            op("aten::index_select", ours, [("indexSelectLargeIndex", 300)]),
-            (product := op("aten::addmm", linear, [("nvjet", 2000)])),
-            op("cuLaunchKernelEx", product, [("nvjet", 2000)]),
-            op("aten::_scaled_dot_product_cudnn_attention", sdpa, [("cudnn_sm90", 1000)]),
-            op("aten::add", None, [("vectorized", 50)]),
-            op(fused, None, [(fused, 60)]),
-            on_device(4000 + 100 + 300 + 2000 + 1000 + 50 + 60 + 25),
-            on_device(10_000, annotation=True),
+        op("fastdiff::block_sparse", 0, 50, [("_forward_kernel", 4000), ("_gather_kernel", 100)])
+        op("aten::index_select", 10, 20, [("indexSelectLargeIndex", 300)])
+        op("aten::linear", 50, 80)
+        op("aten::addmm", 50, 70, [("nvjet", 2000)])
+        op("aten::add", 70, 80, [("vectorized", 40)])
+        op("aten::scaled_dot_product_attention", 80, 100)
+        op("aten::_scaled_dot_product_cudnn_attention", 85, 95, [("cudnn_sm90", 1000)])
+        op("aten::add", 100, 110, [("vectorized", 10)])
+        op("aten::mul", 90, 95, [("vectorized", 5)], thread=2)
+        op(fused, 110, 120, [(fused, 60)])
+        others = [
+            # Its correlation is the number of the addmm, as happens in long runs.
+            {"cat": "cuda_driver", "name": "cuLaunchKernelEx", "ts": 55, "dur": 2, "args": {"correlation": 4}},
+            on_device("Memset (Device)", 20, cat="gpu_memset"),
+            on_device("a range", 10_000, cat="gpu_user_annotation"),
+            {"ph": "M", "name": "process_name", "args": {"name": "python"}},
         ]
-        assert add_up(events) == {"attention": 5.0, "linears": 2.0, "element-wise": 0.135, "reorder": 0.4}
+        found = add_up([*ops, *device, *others])
+        assert found == pytest.approx({"attention": 5.0, "linears": 2.0, "element-wise": 0.135, "reorder": 0.4})
+
+    def test_the_breakdown_reads_the_profilers_file(self, tmp_path):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4))
+        profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        (product,) = (event for event in events if event.get("cat") == "cpu_op" and event["name"] == "aten::addmm")
+        kernel = {"cat": "kernel", "name": "gemm", "dur": 3000, "args": {"External id": product["args"]["External id"]}}
+        assert add_up([*events, kernel])["linears"] == 3
 
 
 def test_a_commit_is_not_that_of_somebody_elses_checkout(monkeypatch):

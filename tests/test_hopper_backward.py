@@ -25,7 +25,8 @@ layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16)
 shared |= dict.fromkeys(("q_desc", "up_desc", "k_desc", "v_desc"), f"tensordesc<bf16{tile},{layout!r}>")
 terms = f"tensordesc<fp32{hopper_backward.TERM_TILE},{hopper_backward.TERM_LAYOUT!r}>"
 shared |= dict.fromkeys(("lse_desc", "delta_desc"), terms)
-shared |= dict.fromkeys(("lse", "delta", "limits"), "*fp32") | {"masked": "*i1"} | dict.fromkeys(("scale_log2", "scale"), "fp32")
+shared |= dict.fromkeys(("lse", "delta", "limits"), "*fp32") | {"masked": "*i1"}
+shared |= dict.fromkeys(("scale_log2", "scale"), "fp32")
 tables = "q_order k_order q_table k_table launch_order full_offsets full_indices partial_offsets partial_indices"
 shared |= dict.fromkeys([*tables.split(), "rule", "bits", "bit_place"], "*i32")
 for kernel in (hopper_backward._columns_kernel, hopper_backward._rows_kernel):
