@@ -9,15 +9,16 @@ from .plan import BlockPlan
 
 def dense_mask(plan: BlockPlan) -> torch.Tensor:
     """The plan token by token, bool `[1 or heads, query tokens, key tokens]`."""
-    heads = plan.heads or 1
-    mask = torch.zeros(heads, plan.query_tokens, plan.key_tokens, dtype=torch.bool, device=plan.device)
+    # Row by row it asks the lists for numbers, and each would wait for a GPU.
+    heads, device, plan = plan.heads or 1, plan.device, plan.to("cpu")
+    mask = torch.zeros(heads, plan.query_tokens, plan.key_tokens, dtype=torch.bool)
     for head in range(heads):
         query_order = plan.query.order[head % plan.query.order.shape[0]].long()
         key_order = plan.key.order[head % plan.key.order.shape[0]].long()
         slots = torch.cat([plan.slot_mask(head, row) for row in range(plan.query_blocks)])
         slots = slots[query_order >= 0][:, key_order >= 0]
         mask[head, query_order[query_order >= 0, None], key_order[None, key_order >= 0]] = slots
-    return mask
+    return mask.to(device)
 
 
 def reference(
