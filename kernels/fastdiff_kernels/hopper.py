@@ -285,6 +285,19 @@ def _attend(
         gl.store(lse + tokens, (row_max + gl.log2(row_sum)) * _LN2, mask=tokens >= 0)
 
 
+@gluon.jit
+def launched(launch_order, batches, heads, blocks, heavy, list_step):
+    """Batch, head and block of this program: heavy blocks of all heads first, then head by head, as caches like it."""
+    program, layers = gl.program_id(0), batches * heads
+    later = program - heavy * layers
+    if later < 0:
+        layer, rank = program % layers, program // layers
+    else:
+        layer, rank = later // (blocks - heavy), heavy + later % (blocks - heavy)
+    head = layer % heads
+    return layer // heads, head, gl.load(launch_order + head * list_step * blocks + rank)
+
+
 @gluon.jit(do_not_specialize=(*COUNTS, "batches", "heavy_rows", "mask_heads"))
 def _forward_kernel(
     q, k_desc, v_desc, out, lse, q_order, q_table, k_table, launch_order,
@@ -297,17 +310,8 @@ def _forward_kernel(
     keys: gl.constexpr = k_desc.block_type.shape[1]
     width: gl.constexpr = k_desc.block_type.shape[2]
     parts: gl.constexpr = 128 // keys
-    # Heavy rows of all heads first, then head by head, whose keys then stay in the cache.
-    program, layers = gl.program_id(0), batches * heads
-    later = program - heavy_rows * layers
-    if later < 0:
-        layer, rank = program % layers, program // layers
-    else:
-        layer, rank = later // (q_blocks - heavy_rows), heavy_rows + later % (q_blocks - heavy_rows)
-    batch, head = layer // heads, layer % heads
-    which = head * list_step
-    row = gl.load(launch_order + which * q_blocks + rank)
-    offset = which * (q_blocks + 1) + row
+    batch, head, row = launched(launch_order, batches, heads, q_blocks, heavy_rows, list_step)
+    offset = head * list_step * (q_blocks + 1) + row
     full_start, partial_start = gl.load(full_offsets + offset), gl.load(partial_offsets + offset)
     full_tiles = (gl.load(full_offsets + offset + 1) - full_start) * parts
     tiles = full_tiles + (gl.load(partial_offsets + offset + 1) - partial_start) * parts

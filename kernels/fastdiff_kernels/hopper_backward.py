@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_sparse import head_step, pairs_hidden, word_of
-from .hopper import give_back, hide, hide_masked, tile_at, wait
+from .hopper import give_back, hide, hide_masked, launched, tile_at, wait
 from .plan import BlockPlan
 
 BLOCK = gl.constexpr(128)
@@ -80,19 +80,6 @@ def _store(out, value, order, first_slot, stride, HEAD_DIM: gl.constexpr):
     dims = gl.arange(0, width, layout=gl.SliceLayout(0, layout))[None, :]
     value = gl.convert_layout(value.to(out.dtype.element_ty), layout)
     gl.store(out + tokens.to(gl.int64) * stride + dims, value, mask=(tokens >= 0) & (dims < HEAD_DIM))
-
-
-@gluon.jit
-def _which(launch_order, batches, heads, blocks, heavy, list_step):
-    """Batch, head and block of a program: heavy blocks of all heads first, then head by head."""
-    program, layers = gl.program_id(0), batches * heads
-    later = program - heavy * layers
-    if later < 0:
-        layer, rank = program % layers, program // layers
-    else:
-        layer, rank = later // (blocks - heavy), heavy + later % (blocks - heavy)
-    head = layer % heads
-    return layer // heads, head, gl.load(launch_order + head * list_step * blocks + rank)
 
 
 @gluon.jit
@@ -192,7 +179,7 @@ def _columns_kernel(
     batches, heads, k_blocks, heavy, q_slots, k_slots, k_order_step, q_table_step, k_table_step, list_step,
     mask_heads, scale_log2, scale, HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
-    batch, head, column = _which(launch_order, batches, heads, k_blocks, heavy, list_step)
+    batch, head, column = launched(launch_order, batches, heads, k_blocks, heavy, list_step)
     offset = head * list_step * (k_blocks + 1) + column
     full_start, partial_start = gl.load(full_offsets + offset), gl.load(partial_offsets + offset)
     full_tiles = (gl.load(full_offsets + offset + 1) - full_start) * _TILES
@@ -352,7 +339,7 @@ def _rows_kernel(
     batches, heads, q_blocks, heavy, q_slots, k_slots, q_order_step, q_table_step, k_table_step, list_step,
     mask_heads, scale_log2, scale, HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
-    batch, head, row = _which(launch_order, batches, heads, q_blocks, heavy, list_step)
+    batch, head, row = launched(launch_order, batches, heads, q_blocks, heavy, list_step)
     offset = head * list_step * (q_blocks + 1) + row
     full_start, partial_start = gl.load(full_offsets + offset), gl.load(partial_offsets + offset)
     full_tiles = (gl.load(full_offsets + offset + 1) - full_start) * _TILES
