@@ -15,13 +15,17 @@ from fastdiff_kernels import (
     Grid,
     MissingDependencyError,
     Rule,
+    Side,
+    Span,
     TokenLayout,
     UnsupportedError,
     attention,
     backends,
     choose_backend,
     export,
+    natural_order,
     snake_order,
+    visibility_bits,
 )
 from fastdiff_kernels.agent import agent_backend
 from fastdiff_kernels.reference import dense_mask
@@ -142,12 +146,14 @@ def test_slots_and_back(poison):
         assert torch.equal(export.from_slots(slots, side), x)
 
 
-def whole_blocks(tokens=(75, 41), lists=2) -> BlockPlan:
+def whole_blocks(tokens=(75, 41), lists=2, blocks=(32, 16)) -> BlockPlan:
     """Blocks that are computed whole or not at all, padding at the end alone, a row of nothing."""
-    plan, _ = random_bits_plan(*tokens, heads=lists)
-    state = torch.randint(0, 2, (lists, plan.query_blocks, plan.key_blocks), generator=torch.Generator().manual_seed(5))
+    layout = TokenLayout(*((Span("text", count),) for count in tokens), (("all",),))
+    spans = zip((layout.query, layout.key), blocks, visibility_bits(layout), strict=True)
+    query, key = (Side.arrange(*span, natural_order) for span in spans)
+    state = torch.randint(0, 2, (lists, query.blocks, key.blocks), generator=torch.Generator().manual_seed(5))
     state[0, 1] = 0
-    return BlockPlan.from_states(plan.query, plan.key, state * 2, Rule.none())
+    return BlockPlan.from_states(query, key, state * 2, Rule.none())
 
 
 def test_fa4_lists_have_the_documented_form():
@@ -231,6 +237,20 @@ def test_the_fa4_call_hands_over_tensors_in_order(fake_fa4):
         export.fa4(q.requires_grad_(), k, v, plan, 0.3, None, False)
     with pytest.raises(UnsupportedError, match="key_mask"):
         export.fa4(q.detach(), k, v, plan, 0.3, torch.ones(2, plan.key_tokens, dtype=torch.bool), False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(export.fa4_version() is None, reason="needs flash-attn-4")
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("lists", [1, 3])
+def test_fa4_equals_the_reference(head_dim, lists):
+    plan = whole_blocks((700, 900), lists, (128, 128)).to(DEVICE)
+    inputs = draw(plan, heads=3, dim=head_dim, dtype=torch.bfloat16)
+    out, lse = attention(*inputs, plan, backend="fa4", scale=0.2, return_lse=True)
+    exact = (x.double() for x in inputs)
+    truth, true_lse = attention(*exact, plan, backend="reference", scale=0.2, return_lse=True)
+    torch.testing.assert_close(out.double(), truth, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), true_lse, atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_missing_or_does_not_fit_is_refused(monkeypatch):
