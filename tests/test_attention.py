@@ -91,6 +91,19 @@ def test_key_masks_that_differ_by_sample(backend, poison):
     assert (out[1] == 0).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_whose_scores_do_not_fit_one_call(masked, monkeypatch, poison):
+    plan = metric_plan(Grid(3, 5, 7), 5)
+    inputs = draw(plan, heads=5)
+    mask = None
+    if masked:
+        mask = torch.ones(2, plan.key_tokens, dtype=torch.bool, device=DEVICE)
+        mask[1, -20:] = False
+    for scores in (1, 2 * plan.longest_row * plan.key.block * plan.query.block):
+        monkeypatch.setattr("fastdiff_kernels.portable._SCORES", scores)
+        assert_matches(plan, inputs, "torch", key_mask=mask)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_queries_that_a_rule_leaves_without_keys_stay_so_under_a_key_mask(backend, poison):
     layout = TokenLayout.self_attention(Grid(1, 1, 35))

@@ -15,6 +15,8 @@ from .plan import BlockPlan
 
 # Biases of rows with partial blocks are kept between calls only while they are small.
 _KEPT_BYTES = 256 * 2**20
+# Scores that are made at a time: those of a few heads, or of one head of a long row.
+_SCORES = 8 * 2**20
 _kept: weakref.WeakKeyDictionary[BlockPlan, dict] = weakref.WeakKeyDictionary()
 
 
@@ -46,6 +48,8 @@ def portable(
     lse = queries.new_full(queries.shape[:-1], float("-inf"), dtype=torch.float32) if return_lse else None
     # Fresh memory costs page faults, on the CPU more than the copying: all rows share what the longest needs.
     room = keys.new_empty(2, plan.longest_row * keys[:, :, 0].numel())
+    longest = plan.longest_row * plan.key.block * plan.query.block
+    scores = keys.new_empty(min(max(_SCORES, longest), q.shape[2] * longest)) if _by_products(q) else None
     for heads, index, row in _rows(plan, q.dtype, key_mask):
         query = queries[:, heads, index]
         key, value = (_row_blocks(x[:, heads], row, part) for x, part in zip((keys, values), room, strict=True))
@@ -54,7 +58,10 @@ def portable(
             out[:, heads, index] = (weights @ value.to(weights.dtype)).to(q.dtype)
             lse[:, heads, index] = row_lse
             continue
-        result = F.scaled_dot_product_attention(query, key, value, attn_mask=row.bias, scale=scale)
+        if scores is None:
+            result = F.scaled_dot_product_attention(query, key, value, attn_mask=row.bias, scale=scale)
+        else:
+            result = _products(query, key, value, row.bias, scale, scores)
         out[:, heads, index] = result if row.empty is None else result.masked_fill(row.empty, 0)
     place = _inverse(plan.query.order, plan.query_tokens)
     if return_lse:
@@ -107,6 +114,28 @@ def portable_backward(
         for x, side in zip((grad_q, grad_k, grad_v), sides, strict=True)
     )
     return tuple(x.to(q.dtype) for x in tokens)
+
+
+def _by_products(q: torch.Tensor) -> bool:
+    """Whether two products with the scores between them are faster than SDPA, which takes few queries 32 at a time."""
+    return q.device.type == "cpu" and q.dtype == torch.float32
+
+
+def _products(query, key, value, bias, scale, room):
+    """What SDPA gives, for as many heads at a time as `room` has space for their scores."""
+    batch, heads, rows, keys = *query.shape[:3], key.shape[2]
+    some = room.numel() // (rows * keys)
+    out = torch.empty_like(query)
+    for sample in range(batch):
+        hides = bias if bias is None or bias.dim() == 2 else bias[sample, 0]
+        for first in range(0, heads, some):
+            q, k, v, result = (x[sample, first : first + some] for x in (query, key, value, out))
+            scores = room[: len(q) * rows * keys].view(-1, rows, keys)
+            start, weight = (scores, 0) if hides is None else (hides, 1)
+            torch.baddbmm(start, q, k.transpose(1, 2), beta=weight, alpha=scale, out=scores)
+            torch.softmax(scores, -1, out=scores)
+            torch.bmm(scores, v, out=result)
+    return out
 
 
 def _row_blocks(x, row, room=None):
