@@ -278,10 +278,11 @@ def _key_tiles(
         hopper.mbarrier.wait(full.index((n + 1) % _STAGES), (n + 1) // _STAGES & 1, pred=n + 1 < tiles)
         next_scores = _start(query, tile_at(k_ring, n + 1), zeros, False)
         entry = place + (n - start) // _TILES
-        if HAS_KEY_MASK:
-            scores = hide_masked(scores, gl.load(indices + entry), n, limits, masked)
-        if PARTIAL:
+        if HAS_KEY_MASK or PARTIAL:
             block = gl.load(indices + entry)
+        if HAS_KEY_MASK:
+            scores = hide_masked(scores, block, n, limits, masked)
+        if PARTIAL:
             keys = gl.arange(0, _TILE, layout=gl.SliceLayout(0, score_layout))
             k_slots = block * BLOCK + n % _TILES * _TILE + keys
             word = word_of(bits, entry, RULE)
