@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastdiff.commands.bench import MODES
 from fastdiff.measure.report import write_json
 
 Records = list[dict[str, Any]]
-MODES = ("eager", "compiled")
 
 
 def groups(records: Records) -> dict[tuple[str, str | None], Records]:

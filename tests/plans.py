@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from fastdiff_kernels import BlockPlan, Grid, Rule, RuleKind, Side, TokenLayout, snake_order, visibility_bits
+from fastdiff_kernels import (
+    BlockPlan,
+    Grid,
+    Rule,
+    RuleKind,
+    Side,
+    Span,
+    TokenLayout,
+    natural_order,
+    snake_order,
+    visibility_bits,
+)
 
 
 def metric_rule(frames: int, a: int = 1, b: int = 2, sink_frames: int = 1) -> Rule:
@@ -55,16 +66,19 @@ def place(grid: Grid, token: int) -> tuple[int, int, int]:
     return (frame, *divmod(rest, grid.width))
 
 
+def plain_sides(tokens: tuple[int, int], blocks: tuple[int, int]) -> tuple[Side, Side]:
+    """The query and the key side over plain sequences in their own order."""
+    layout = TokenLayout(*((Span("text", count),) for count in tokens), (("rule",),))
+    parts = zip((layout.query, layout.key), blocks, visibility_bits(layout), strict=True)
+    query, key = (Side.arrange(*part, natural_order) for part in parts)
+    return query, key
+
+
 def random_bits_plan(tokens_q: int, tokens_k: int, heads: int, seed: int = 0) -> tuple[BlockPlan, torch.Tensor]:
     """A per-head BITS plan over plain sequences, and its mask `[heads, queries, keys]`."""
-    from fastdiff_kernels import Span, natural_order
-
     generator = torch.Generator().manual_seed(seed)
     block_q, block_k, side_q, side_k = 32, 16, 8, 4
-    layout = TokenLayout((Span("text", tokens_q),), (Span("text", tokens_k),), (("rule",),))
-    query_bits, key_bits = visibility_bits(layout)
-    query = Side.arrange(layout.query, block_q, query_bits, natural_order)
-    key = Side.arrange(layout.key, block_k, key_bits, natural_order)
+    query, key = plain_sides((tokens_q, tokens_k), (block_q, block_k))
     shape = (heads, query.blocks, key.blocks)
     state = torch.randint(0, 3, shape, generator=generator)
     bits = torch.randint(0, 2**16, shape, generator=generator, dtype=torch.int32)

@@ -316,7 +316,7 @@ class TestModels:
         op("aten::mul", 90, 95, [("vectorized", 5)], thread=2)
         op(fused, 110, 120, [(fused, 60)])
         others = [
-            # Its correlation is the number of the addmm, as happens in long runs.
+            # Its number is that of the addmm, by chance.
             {"cat": "cuda_driver", "name": "cuLaunchKernelEx", "ts": 55, "dur": 2, "args": {"correlation": 4}},
             on_device("Memset (Device)", 20, cat="gpu_memset"),
             on_device("a range", 10_000, cat="gpu_user_annotation"),

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from plans import box_rule, metric_plan, random_bits_plan
+from plans import box_rule, metric_plan, plain_sides, random_bits_plan
 from random_calls import Variant, draw_call
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -15,17 +15,13 @@ from fastdiff_kernels import (
     Grid,
     MissingDependencyError,
     Rule,
-    Side,
-    Span,
     TokenLayout,
     UnsupportedError,
     attention,
     backends,
     choose_backend,
     export,
-    natural_order,
     snake_order,
-    visibility_bits,
 )
 from fastdiff_kernels.agent import agent_backend
 from fastdiff_kernels.reference import dense_mask
@@ -148,9 +144,7 @@ def test_slots_and_back(poison):
 
 def whole_blocks(tokens=(75, 41), lists=2, blocks=(32, 16)) -> BlockPlan:
     """Blocks that are computed whole or not at all, padding at the end alone, a row of nothing."""
-    layout = TokenLayout(*((Span("text", count),) for count in tokens), (("all",),))
-    spans = zip((layout.query, layout.key), blocks, visibility_bits(layout), strict=True)
-    query, key = (Side.arrange(*span, natural_order) for span in spans)
+    query, key = plain_sides(tokens, blocks)
     state = torch.randint(0, 2, (lists, query.blocks, key.blocks), generator=torch.Generator().manual_seed(5))
     state[0, 1] = 0
     return BlockPlan.from_states(query, key, state * 2, Rule.none())

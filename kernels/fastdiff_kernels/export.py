@@ -96,8 +96,11 @@ def flex_tiles(plan: BlockPlan, q: torch.Tensor) -> dict[str, int]:
     The kernel that it has for fewer than 128 queries takes no tiles, so that is left out.
     """
     rows, columns = (128, 64) if q.element_size() == 2 and q.shape[-1] <= 128 else (64, 32)
-    tiles = {"fwd_BLOCK_M": min(rows, plan.query.block), "fwd_BLOCK_N": min(columns, plan.key.block)}
-    return tiles | {"FORCE_USE_FLEX_ATTENTION": True}
+    return {
+        "fwd_BLOCK_M": min(rows, plan.query.block),
+        "fwd_BLOCK_N": min(columns, plan.key.block),
+        "FORCE_USE_FLEX_ATTENTION": True,
+    }
 
 
 def fa4_lists(plan: BlockPlan) -> FA4Lists:

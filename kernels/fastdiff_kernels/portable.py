@@ -48,8 +48,10 @@ def portable(
     lse = queries.new_full(queries.shape[:-1], float("-inf"), dtype=torch.float32) if return_lse else None
     # Fresh memory costs page faults, on the CPU more than the copying: all rows share what the longest needs.
     room = keys.new_empty(2, plan.longest_row * keys[:, :, 0].numel())
-    longest = plan.longest_row * plan.key.block * plan.query.block
-    scores = keys.new_empty(min(max(_SCORES, longest), q.shape[2] * longest)) if _by_products(q) else None
+    scores = None
+    if _by_products(q) and not return_lse:
+        longest = plan.longest_row * plan.key.block * plan.query.block
+        scores = keys.new_empty(min(max(_SCORES, longest), q.shape[2] * longest))
     for heads, index, row in _rows(plan, q.dtype, key_mask):
         query = queries[:, heads, index]
         key, value = (_row_blocks(x[:, heads], row, part) for x, part in zip((keys, values), room, strict=True))
