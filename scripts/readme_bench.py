@@ -8,7 +8,9 @@ from typing import Any
 from readme_text import significant, table, versions
 
 # What fastdiff.bench calls the dense kernels of others, and its row that only copies.
-DENSE = ("cuDNN SDPA", "flash SDPA", "efficient SDPA", "FlexAttention, dense", "torch SDPA")
+DENSE = (
+    "cuDNN SDPA", "flash SDPA", "efficient SDPA", "FlexAttention, dense", "FlashAttention-4, dense", "torch SDPA",
+)  # fmt: skip
 PARTS = ("attention", "linears", "element-wise", "reorder")
 REORDER = "reorder: gather of q, k and v, scatter of the output"
 

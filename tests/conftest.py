@@ -66,6 +66,14 @@ def shows(record_property):
 
 
 @pytest.fixture
+def fake_fa4(monkeypatch):
+    """A stand-in for FlashAttention-4, installed."""
+    from fake_flash_attn import install
+
+    install(monkeypatch)
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Fills what fastdiff_kernels allocates uninitialised, so that an element a kernel forgot to write shows.
 

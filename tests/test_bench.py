@@ -228,6 +228,33 @@ def test_flex_on_the_blocks_of_a_plan(config, monkeypatch):
     torch.testing.assert_close(out, attention(*inputs, plan, backend="reference"), atol=1e-5, rtol=1e-4)
 
 
+class TestFlashAttention4:
+    def test_the_blocks_of_a_plan(self, fake_fa4):
+        inputs = random_inputs()
+        plan = shapes.RandomParo(2, 0.5).build_plan(TokenLayout.self_attention(GRID))
+        blocks = rivals.FA4Blocks(plan)
+        slots = blocks.slots(*inputs)
+        assert all(torch.equal(x, back) for x, back in zip(inputs, blocks.tokens(*slots), strict=True))
+        (out,) = blocks.tokens(blocks.attend(*slots))
+        torch.testing.assert_close(out, attention(*inputs, plan, backend="reference"), atol=1e-5, rtol=1e-4)
+
+    def test_dense(self, fake_fa4, monkeypatch):
+        ours = rivals.dense_kernels("cuda")["FlashAttention-4, dense"]
+        inputs = random_inputs()
+        torch.testing.assert_close(ours(*inputs), rivals.dense_kernels("cpu")["torch SDPA"](*inputs))
+        monkeypatch.setattr(rivals, "fa4_version", lambda: None)
+        assert "FlashAttention-4, dense" not in rivals.dense_kernels("cuda")
+        assert set(rivals.dense_kernels("cuda")) < set(rivals.DENSE)
+
+    def test_what_it_cannot_take_is_named(self, fake_fa4):
+        found = kernels.Bench(tiny(), "cpu", 1)
+        for config in (shapes.RandomParo(2, 0.5), NeighborhoodConfig((3, 3, 3), block_size=32)):
+            found._beside(config.build_plan(found.shape.layout), kernels.name_of(config), first=False)
+        assert [one["kernel"] for one in found.records] == ["FlashAttention-4, paro, random blocks"]
+        assert list(found.missing) == ["FlashAttention-4, neighborhood 3x3x3"]
+        assert "BOX rule decides" in found.missing["FlashAttention-4, neighborhood 3x3x3"]
+
+
 class TestModels:
     # Of the published models.
     PARAMETERS = {

@@ -1,7 +1,5 @@
 """Plans as FlexAttention and FlashAttention-4 take them: the same attention, and lists of the documented form."""
 
-import sys
-import types
 from random import Random
 
 import pytest
@@ -181,42 +179,6 @@ def test_plans_that_fa4_cannot_take_are_refused():
     )  # fmt: skip
     with pytest.raises(UnsupportedError, match="padding between its 70 tokens"):
         export.fa4_lists(padded)
-
-
-@pytest.fixture
-def fake_fa4(monkeypatch):
-    """A stand-in for FlashAttention-4 that reads the lists as its documentation says."""
-
-    def flash_attn_func(q, k, v, *, softmax_scale, block_sparse_tensors, return_lse):
-        mask = torch.zeros(1, q.shape[2], q.shape[1], k.shape[1], dtype=torch.bool)
-        block_q, block_k = block_sparse_tensors.block_size
-        for counts, indices in (block_sparse_tensors[:2], block_sparse_tensors[2:4]):
-            for head in range(q.shape[2]):
-                which = head % counts.shape[1]
-                for row, count in enumerate(counts[0, which].tolist()):
-                    for key in indices[0, which, row, :count].tolist():
-                        rows, keys = (
-                            slice(row * block_q, (row + 1) * block_q),
-                            slice(key * block_k, (key + 1) * block_k),
-                        )
-                        mask[0, head, rows, keys] = True
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
-        scores = scores.masked_fill(~mask, float("-inf"))
-        weights = scores.softmax(-1).nan_to_num(0)
-        return torch.einsum("bhqk,bkhd->bqhd", weights, v), scores.logsumexp(-1)
-
-    class BlockSparseTensorsTorch(types.SimpleNamespace):
-        def __getitem__(self, index):
-            names = ("mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx")
-            return [getattr(self, name) for name in names[index]]
-
-    cute = types.ModuleType("flash_attn.cute")
-    cute.flash_attn_func = flash_attn_func
-    sparsity = types.ModuleType("flash_attn.cute.block_sparsity")
-    sparsity.BlockSparseTensorsTorch = BlockSparseTensorsTorch
-    for module in (types.ModuleType("flash_attn"), cute, sparsity):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(export, "fa4_version", lambda: "4.0")
 
 
 def test_the_fa4_call_hands_over_tensors_in_order(fake_fa4):

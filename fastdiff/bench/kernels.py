@@ -14,11 +14,20 @@ from typing import Any
 import torch
 
 from fastdiff.methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig
-from fastdiff_kernels import AgentPlan, BlockPlan, FastDiffError, attention, choose_backend, pool_cells
+from fastdiff_kernels import (
+    AgentPlan,
+    BlockPlan,
+    FastDiffError,
+    UnsupportedError,
+    attention,
+    choose_backend,
+    pool_cells,
+)
+from fastdiff_kernels.export import fa4_version
 from fastdiff_patches.planner import Extras
 
 from .record import milliseconds
-from .rivals import Attend, FlexBlocks, dense_kernels, why_missing
+from .rivals import Attend, FA4Blocks, FlexBlocks, dense_kernels, why_missing
 from .shapes import RandomParo, Shape
 from .truth import check_agents, check_gradients, check_output
 
@@ -71,16 +80,21 @@ class Bench:
                 plan,
                 lambda q, k, v, plan=plan: attention(q, k, v, plan),
             )
-            if first and self.device == "cuda":
-                self._beside(plan, name_of(config))
+            if self.device == "cuda":
+                self._beside(plan, name_of(config), first)
             first = False
         return self.records
 
-    def _beside(self, plan: BlockPlan, name: str) -> None:
-        """FlexAttention on the same blocks, and the reorder by itself."""
-        self._guest(f"FlexAttention, {name}", lambda: self._flex(f"FlexAttention, {name}", plan))
-        if self.shape.reorder:
-            self._reorder(plan)
+    def _beside(self, plan: BlockPlan, name: str, first: bool) -> None:
+        """FlashAttention-4 on the same blocks; of the first method also FlexAttention, and the reorder by itself."""
+        if fa4_version() is not None:
+            kernel = f"FlashAttention-4, {name}"
+            self._guest(kernel, lambda: self._in_order(kernel, plan, FA4Blocks(plan), backward=False))
+        if first:
+            kernel = f"FlexAttention, {name}"
+            self._guest(kernel, lambda: self._in_order(kernel, plan, FlexBlocks(plan), self.shape.backward))
+            if self.shape.reorder:
+                self._reorder(plan)
 
     def _measure(self, kernel: str, plan: BlockPlan | None, attend: Attend) -> None:
         check_output(self._what(kernel), self.inputs, attend(*self.inputs), plan)
@@ -88,13 +102,13 @@ class Bench:
         if self.shape.backward:
             self._backward(kernel, plan, attend, self.inputs, self.upstream, lambda *grads: grads)
 
-    def _flex(self, kernel: str, plan: BlockPlan) -> None:
-        blocks = FlexBlocks(plan)
+    def _in_order(self, kernel: str, plan: BlockPlan, blocks: FlexBlocks | FA4Blocks, backward: bool) -> None:
+        """A kernel that wants its tensors in the plan's order, which is outside the timing."""
         inputs = blocks.slots(*self.inputs)
         (out,) = blocks.tokens(blocks.attend(*inputs))
         check_output(self._what(kernel), self.inputs, out, plan)
         self._time(kernel, plan, "forward", lambda: blocks.attend(*inputs))
-        if self.shape.backward:
+        if backward:
             (upstream,) = blocks.slots(self.upstream)
             self._backward(kernel, plan, blocks.attend, inputs, upstream, blocks.tokens)
 
@@ -153,17 +167,20 @@ class Bench:
         _logger.info("%s, %s: %.3f ms", self._what(kernel), direction, median)
 
     def _guest(self, kernel: str, measure: Callable[[], None]) -> None:
-        """A kernel that is not ours may be missing here, which is said; a wrong one is refused like ours."""
+        """A kernel of others may be missing or refuse a plan, which is said; a wrong one is refused like ours."""
         try:
             measure()
+            return
+        except UnsupportedError as error:
+            reason = str(error)
         except FastDiffError:
             raise
         except (RuntimeError, ValueError) as error:
             reason = why_missing(error)
             if reason is None:
                 raise
-            self.missing[kernel] = reason
-            _logger.warning("%s does not run on shape %s here: %s", kernel, self.shape.name, reason)
+        self.missing[kernel] = reason
+        _logger.warning("%s does not run on shape %s here: %s", kernel, self.shape.name, reason)
 
     def _what(self, kernel: str) -> str:
         return f"{kernel} on shape {self.shape.name}"

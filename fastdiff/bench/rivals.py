@@ -1,4 +1,4 @@
-"""The dense kernels that a benchmark compares with, and FlexAttention on the blocks of a plan."""
+"""Kernels of others that a benchmark compares with: dense ones, and two that take the blocks of a plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from fastdiff_kernels import BlockPlan
-from fastdiff_kernels.export import flex_block_mask, flex_tiles, from_slots, to_slots
+from fastdiff_kernels.export import fa4_call, fa4_version, flex_block_mask, flex_tiles, from_slots, to_slots
 
 # q, k and v `[1, tokens, heads, head_dim]` to the output, of the same shape.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -21,7 +21,7 @@ SDPA_BACKENDS = {
     "efficient SDPA": SDPBackend.EFFICIENT_ATTENTION,
 }
 # Names of dense kernels of others.
-DENSE = (*SDPA_BACKENDS, "FlexAttention, dense", "torch SDPA")
+DENSE = (*SDPA_BACKENDS, "FlexAttention, dense", "FlashAttention-4, dense", "torch SDPA")
 
 # What a torch without the kernel says of a call, or a kernel of a call that it does not take.
 _MISSING = (
@@ -31,11 +31,14 @@ _MISSING = (
 
 
 def dense_kernels(device: str) -> dict[str, Attend]:
-    """Dense attention by name: on a GPU each kernel of torch, on a CPU the one there is."""
+    """Dense attention by name: on a GPU each kernel of torch and FlashAttention-4 if installed, on a CPU the one."""
     if device == "cpu":
         return {"torch SDPA": _sdpa}
     kernels = {name: _only(backend) for name, backend in SDPA_BACKENDS.items()}
-    return kernels | {"FlexAttention, dense": heads_last(torch.compile(flex_attention, dynamic=False))}
+    kernels["FlexAttention, dense"] = heads_last(torch.compile(flex_attention, dynamic=False))
+    if fa4_version() is not None:
+        kernels["FlashAttention-4, dense"] = _fa4
+    return kernels
 
 
 def why_missing(error: Exception) -> str | None:
@@ -58,6 +61,12 @@ def _only(backend: SDPBackend) -> Attend:
             return _sdpa(q, k, v)
 
     return attend
+
+
+def _fa4(q, k, v):
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func(q, k, v)[0]
 
 
 class FlexBlocks:
@@ -87,3 +96,27 @@ class FlexBlocks:
     def tokens(self, *slots: torch.Tensor) -> list[torch.Tensor]:
         """The same back, `[1, tokens, heads, head_dim]`."""
         return [from_slots(x.transpose(1, 2), side) for x, side in zip(slots, self._sides, strict=False)]
+
+
+class FA4Blocks:
+    """FlashAttention-4 on the blocks of a plan, of tensors that stand in the plan's order already.
+
+    Args:
+        plan: On the device of the tensors.
+
+    Raises:
+        UnsupportedError: If it cannot take the plan, see `fa4_lists`.
+    """
+
+    def __init__(self, plan: BlockPlan):
+        call = fa4_call(plan)
+        self.attend = lambda q, k, v: call(q, k, v)[0]
+        self._sides = plan.query, plan.key, plan.key
+
+    def slots(self, *tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What belongs to q, to k and to v in the plan's order, `[1, tokens, heads, head_dim]`."""
+        return [to_slots(x, side)[:, : side.tokens] for x, side in zip(tokens, self._sides, strict=False)]
+
+    def tokens(self, *slots: torch.Tensor) -> list[torch.Tensor]:
+        """The same back."""
+        return [from_slots(x, side) for x, side in zip(slots, self._sides, strict=False)]

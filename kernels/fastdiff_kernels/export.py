@@ -182,16 +182,29 @@ def fa4(q, k, v, plan: BlockPlan, scale: float, key_mask, return_lse: bool) -> t
         raise UnsupportedError("backend 'fa4' takes no key_mask; use backend='triton'.")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise UnsupportedError("backend 'fa4' has no backward pass here; use backend='triton' to train.")
+    slots = (to_slots(x, side)[:, : side.tokens] for x, side in ((q, plan.query), (k, plan.key), (v, plan.key)))
+    out, lse = fa4_call(plan, scale)(*slots)
+    out = from_slots(out, plan.query)
+    return out, from_slots(lse.transpose(1, 2), plan.query).transpose(1, 2) if return_lse else None
+
+
+def fa4_call(plan: BlockPlan, scale: float | None = None) -> Callable:
+    """FlashAttention-4 on a plan: q, k, v in the plan's order, without padding, to the output and log-sum-exp.
+
+    Raises:
+        UnsupportedError: As `fa4_lists`.
+    """
     if (lists := _lists.get(plan)) is None:
         lists = _lists[plan] = fa4_lists(plan)
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    slots = (to_slots(x, side)[:, : side.tokens] for x, side in ((q, plan.query), (k, plan.key), (v, plan.key)))
     tensors = BlockSparseTensorsTorch(**lists._asdict())
-    out, lse, *_ = flash_attn_func(*slots, softmax_scale=scale, block_sparse_tensors=tensors, return_lse=True)
-    out = from_slots(out, plan.query)
-    return out, from_slots(lse.transpose(1, 2), plan.query).transpose(1, 2) if return_lse else None
+
+    def call(q, k, v):
+        return flash_attn_func(q, k, v, softmax_scale=scale, block_sparse_tensors=tensors, return_lse=True)[:2]
+
+    return call
 
 
 def fa4_version() -> str | None:
