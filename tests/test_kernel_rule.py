@@ -134,3 +134,9 @@ def test_an_ellipsoid_becomes_one_inequality_of_whole_numbers(radius):
     true_a, true_b = rule.parameters[:2].tolist()
     inside = true_a * dy**2 + true_b * dx**2 < rule.limits()[dt]
     assert torch.equal(a * dy**2 + b * dx**2 + c * dt**2 < r, inside)
+
+
+@pytest.mark.parametrize("last", [(2, 0, 0), (2, 1, 1)])
+def test_the_search_for_an_ellipsoid_ends_where_frames_have_few_places(last):
+    # The next frame is seen, the own one and the one after next are not.
+    assert whole_ball(Rule.metric(torch.tensor([-1, 2, -1])), last) is None

@@ -39,6 +39,8 @@ MIXED_BITS, DISC, BALL = range(len(RuleKind), len(RuleKind) + 3)
 BOX_PARAMETERS = 2
 # Largest whole number up to which float32 has all of them.
 _EXACT = 2**24
+# Where frames have few places, `_EXACT` leaves room for far more tries than are worth their time.
+_MOST_SCALE = 4096
 _FAR = 1e30
 # The highest bit, which no sub-block has.
 _PADDING = -(2**31)
@@ -157,7 +159,7 @@ def whole_ball(rule: Rule, last: tuple[int, int, int]) -> tuple[int, int, int, i
     apart, limits = torch.arange(1, t + 1) ** 2, limits[: t + 1]
     beyond = limits[1:].clamp(min=0)
     scale = 1
-    while 4 * scale * half < _EXACT:
+    while scale <= _MOST_SCALE and 4 * scale * half < _EXACT:
         # In one frame r stands between the last square that is near enough and the first that is not.
         r = (scale * limits[0] - torch.arange(scale))[:, None]
         least = torch.where(beyond > farthest, 0, -((scale * beyond - r) // apart)).amax(1).clamp(min=0)
