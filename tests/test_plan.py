@@ -100,12 +100,23 @@ def test_drawing_shows_full_and_partial():
     assert int((drawn == 1).sum()) == plan.partial_blocks
 
 
-def test_launch_order_starts_with_the_longest_row():
-    plan = metric_plan(Grid(5, 7, 9), text_before=2)
-    counts = (plan.full.counts + plan.partial.counts)[0]
-    launched = counts[plan.launch_order[0].long()]
-    assert (launched.diff() <= 0).all()
-    assert sorted(plan.launch_order[0].tolist()) == list(range(plan.query_blocks))
+@pytest.mark.parametrize("grid", [Grid(12, 7, 9), Grid(1, 9, 20), Grid(3, 40, 2)])
+def test_launch_order_visits_the_same_place_of_a_few_frames(grid):
+    plan = metric_plan(grid)
+    order = plan.launch_order[0].tolist()
+    assert sorted(order) == list(range(plan.query_blocks))
+    visited = [divmod(block, plan.query_blocks // grid.frames) for block in order]
+    assert visited == sorted(visited, key=lambda one: (one[0] // 5, one[1], one[0]))
+
+
+def test_launch_order_of_other_plans_is_that_of_their_blocks():
+    layout = TokenLayout.self_attention(Grid(6, 3, 3))
+    # A block holds the tokens of nearly two frames.
+    windows = BlockPlan.from_rule(layout, box_rule(layout.grid), block_q=16, block_k=16, grid_order=natural_order)
+    for plan in (windows, random_bits_plan(75, 41, heads=3)[0]):
+        counts = plan.full.counts + plan.partial.counts
+        assert not (counts > 3 * counts.float().mean()).any()
+        assert (plan.launch_order == torch.arange(plan.query_blocks)).all()
 
 
 def test_rows_and_columns_of_text_are_heavy():

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .order import Side
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +69,7 @@ class Columns:
     Attributes:
         full, partial: Query blocks of each key block.
         bit_place: Where the bitmap of each partial entry stands in `BlockPlan.bits`, int32 `[entries]`.
-        launch_order: Key blocks, those with the longest columns first, int32 `[lists, key blocks]`.
+        launch_order: Key blocks in the order to start them, int32 `[lists, key blocks]`.
     """
 
     full: BlockList
@@ -79,12 +83,22 @@ class Columns:
         return heavy_places(self.full, self.partial, self.launch_order)
 
 
-def longest_first(full: BlockList, partial: BlockList) -> torch.Tensor:
-    """Blocks of the side that the lists are for, those with the longest lists first, int32 `[lists, blocks]`."""
-    return (full.counts + partial.counts).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+def launch_order(side: Side, full: BlockList, partial: BlockList) -> torch.Tensor:
+    """Blocks of the side that the lists are for in the order to start them, int32 `[lists, blocks]`.
+
+    Those with lists over three times as long as the mean come first, the longest of them first, so that none is left
+    at the end; all others as `side.in_waves()` has them.
+    """
+    counts = full.counts + partial.counts
+    rank = torch.empty_like(counts)
+    rank[:] = side.in_waves().argsort()
+    return torch.where(_heavy(counts), -counts, rank).argsort(dim=1, stable=True).to(torch.int32)
 
 
 def heavy_places(full: BlockList, partial: BlockList, launch_order: torch.Tensor) -> int:
     """How many places at the head of the launch order hold lists over three times as long as the mean."""
-    counts = full.counts + partial.counts
-    return int((counts.gather(1, launch_order.long()).amax(0) > 3 * counts.float().mean()).sum())
+    return int(_heavy(full.counts + partial.counts).gather(1, launch_order.long()).any(0).sum())
+
+
+def _heavy(counts: torch.Tensor) -> torch.Tensor:
+    return counts > 3 * counts.float().mean()

@@ -18,6 +18,10 @@ GridOrder = Callable[[Grid, int], tuple[torch.Tensor, torch.Tensor]]
 """(grid, block) -> the token of each slot, int `[slots]` with -1 for padding, and its coordinates `[slots, 3]`."""
 
 
+# With 132 blocks at a time, and a cache for 400 of keys, 4 to 6 frames read memory least on grids of 21 to 69 frames.
+_FRAMES_OF_A_WAVE = 5
+
+
 def natural_order(grid: Grid, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row-major tokens, nothing padded between frames."""
     return torch.arange(grid.tokens), grid.coordinates()
@@ -138,6 +142,27 @@ class Side:
         return torch.stack(
             _boxes(self.table[0, :, :3].unflatten(0, blocks), (self.order[0] < 0).unflatten(0, blocks)), 1
         )
+
+    def in_waves(self) -> torch.Tensor:
+        """Blocks in an order in which neighbours see much the same keys, so that a GPU's cache holds what the blocks
+        that it computes at a time need; int64 `[blocks]`.
+
+        That is as they stand, but where a block is a piece of one frame the same pieces of a few frames follow each
+        other: methods look at the same place of other frames.
+        """
+        natural = torch.arange(self.blocks, device=self.order.device)
+        frame = self.table[0, :, 0].unflatten(0, (self.blocks, self.block)).long()
+        padding = (self.order[0] < 0).unflatten(0, (self.blocks, self.block))
+        last = frame.masked_fill(padding, 0).amax(1)
+        first = torch.minimum(frame.masked_fill(padding, frame.max()).amin(1), last)
+        if self.order.shape[0] > 1 or float((last - first).float().mean()) >= 0.5:
+            return natural
+        by_frame = first.argsort(stable=True)
+        sizes = torch.bincount(first)
+        piece = torch.empty_like(first)
+        piece[by_frame] = natural - (sizes.cumsum(0) - sizes)[first[by_frame]]
+        group = first // _FRAMES_OF_A_WAVE
+        return ((group * self.blocks + piece) * len(sizes) + first).argsort(stable=True)
 
     def padded_blocks(self) -> torch.Tensor:
         """Which blocks hold padding, bool `[1 or heads, blocks]`."""

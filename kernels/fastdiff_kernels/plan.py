@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from .block_list import BlockList, Columns, heavy_places, longest_first
+from .block_list import BlockList, Columns, heavy_places, launch_order
 from .errors import InvalidInputError
 from .kernel_rule import KernelRule, kernel_rule
 from .layout import TokenLayout
@@ -35,7 +35,7 @@ class BlockPlan:
         partial: Key blocks computed with the in-block rule.
         rule: The in-block rule, see rule.py.
         bits: For a BITS rule the bitmap of each partial entry, int32 `[entries]`; else empty.
-        launch_order: Query blocks, those with the longest rows first, int32 `[lists, query blocks]`.
+        launch_order: Query blocks in the order to start them, int32 `[lists, query blocks]`.
         handle: The plan's number as a 0-d int64 CPU tensor: operators take it instead of the plan, so that
             compiled code is the same for all layers.
     """
@@ -55,7 +55,7 @@ class BlockPlan:
                 f"a BITS plan needs one bitmap for each of its {len(self.partial.indices)} partial blocks; "
                 f"{len(self.bits)} were given."
             )
-        object.__setattr__(self, "launch_order", longest_first(self.full, self.partial))
+        object.__setattr__(self, "launch_order", launch_order(self.query, self.full, self.partial))
         number = next(_numbers)
         # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
         with torch.inference_mode(False):
@@ -197,7 +197,7 @@ class BlockPlan:
         """The lists by key block; built when a gradient is first asked for."""
         full, _ = self.full.transposed(self.key_blocks)
         partial, bit_place = self.partial.transposed(self.key_blocks)
-        return Columns(full, partial, bit_place, longest_first(full, partial))
+        return Columns(full, partial, bit_place, launch_order(self.key, full, partial))
 
     @cached_property
     def kernel_rule(self) -> KernelRule:
