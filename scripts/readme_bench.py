@@ -63,10 +63,11 @@ def conditions(records: list[dict[str, Any]]) -> str:
 
 def models(records: list[dict[str, Any]]) -> str:
     """One denoising forward of whole models: what `fastdiff bench models` writes, one table for all of them."""
-    rows, default = [], None
+    rows, default, head = [], None, None
     for record in records:
         if default is None or record["model"] != default["model"]:
             default = record
+        if head != (head := (record["model"], record["layers_timed"])):
             some = "" if record["layers_timed"] == record["layers"] else f", scaled from {record['layers_timed']}"
             rows.append(
                 [f"**{record['what']}: {record['tokens']} tokens, {record['layers']} layers{some}**", *[""] * 10]
@@ -86,5 +87,5 @@ def models(records: list[dict[str, Any]]) -> str:
                 "" if plan is None else significant(plan),
             ]
         )
-    head = ["attention", "blocks", "density", "ms, median (slowest − fastest)", "against default", "peak GiB"]
-    return table([*head, *PARTS, "plan, once"], rows) + "\n\n" + conditions(records)
+    columns = ["attention", "blocks", "density", "ms, median (slowest − fastest)", "against default", "peak GiB"]
+    return table([*columns, *PARTS, "plan, once"], rows) + "\n\n" + conditions(records)

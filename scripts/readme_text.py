@@ -18,5 +18,5 @@ def significant(value: float, digits: int = 3) -> str:
 def versions(found: dict[str, str | None]) -> str:
     """`Python 3.12.3, torch 2.11.0`: those that are installed, fastdiff itself left out."""
     names = {"python": "Python", "threads": "CPU threads"}
-    kept = ("python", "torch", "triton", "diffusers", "transformers", "threads")
+    kept = ("python", "torch", "triton", "diffusers", "transformers", "flash-attn-4", "threads")
     return ", ".join(f"{names.get(name, name)} {found[name]}" for name in kept if found.get(name))

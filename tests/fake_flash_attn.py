@@ -45,5 +45,6 @@ def install(monkeypatch) -> None:
     sparsity.BlockSparseTensorsTorch = BlockSparseTensorsTorch
     for module in (types.ModuleType("flash_attn"), cute, sparsity):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for module in ("fastdiff_kernels.export", "fastdiff.bench.rivals", "fastdiff.bench.kernels"):
+    users = ("fastdiff_kernels.export", *(f"fastdiff.bench.{name}" for name in ("kernels", "record", "rivals")))
+    for module in users:
         monkeypatch.setattr(f"{module}.fa4_version", lambda: "4.0")

@@ -246,6 +246,11 @@ class TestFlashAttention4:
         assert "FlashAttention-4, dense" not in rivals.dense_kernels("cuda")
         assert set(rivals.dense_kernels("cuda")) < set(rivals.DENSE)
 
+    def test_its_version_is_recorded(self, fake_fa4, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        assert record.conditions("cuda", "abc")["versions"]["flash-attn-4"] == "4.0"
+        assert "flash-attn-4" not in record.conditions("cpu", "abc")["versions"]
+
     def test_what_it_cannot_take_is_named(self, fake_fa4):
         found = kernels.Bench(tiny(), "cpu", 1)
         for config in (shapes.RandomParo(2, 0.5), NeighborhoodConfig((3, 3, 3), block_size=32)):

@@ -166,6 +166,9 @@ class TestScript:
         assert "| dense, diffusers default | eager | 1.000 | 100 (1.00) | 1.00× | 30.2 | 50.0 | 30.0 | 15.0 |" in text
         assert "| radial, decay 0.123 | eager | 1.000 | 50.0 (1.00) | 2.00× |" in text
         assert text.endswith("G, torch 1.2.3, commit abc.")
+        whole = {**dense, "mode": "compiled", "layers_timed": 40, "milliseconds": 80.0}
+        text = readme_tables.models([dense, whole, {**whole, "milliseconds": 40.0}])
+        assert text.count("| **M, 9 frames: 64 tokens, 40 layers** |") == text.count("| 2.50× |") == 1
 
     def test_fidelity(self):
         measured = {"psnr": {"mean": 24.12, "std": 2.04}, "ssim": {"mean": 0.917, "std": 0.1}, "recovered": 0.875}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastdiff.measure.report import version
+from fastdiff_kernels.export import fa4_version
 
 # A call that takes long is repeated until this many seconds have passed, but three times at least.
 _PATIENCE, _LEAST = 5.0, 3
@@ -68,6 +69,8 @@ def conditions(device: str, commit: str | None) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")}
     if device == "cpu":
         versions["threads"] = str(torch.get_num_threads())
+    elif fa4_version() is not None:
+        versions["flash-attn-4"] = fa4_version()
     return {"gpu": name, "versions": versions, "commit": commit or _commit()}
 
 

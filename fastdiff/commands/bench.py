@@ -47,9 +47,9 @@ def kernels(
 ) -> None:
     """Time fastdiff's kernels against the dense kernels found here.
 
-    Those are cuDNN, flash and efficient SDPA, and FlexAttention, compiled. Every kernel is compared with float64
-    attention first; a wrong one ends the run and is not timed. The records are a list of objects, one for each kernel
-    and direction, written after each shape.
+    Those are cuDNN, flash and efficient SDPA, FlexAttention, compiled, and FlashAttention-4 where it is installed.
+    Every kernel is compared with float64 attention first; a wrong one ends the run and is not timed. The records are a
+    list of objects, one for each kernel and direction, written after each shape.
 
     \b
     Examples:

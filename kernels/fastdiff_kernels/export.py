@@ -169,8 +169,8 @@ def flex(
 def fa4(q, k, v, plan: BlockPlan, scale: float, key_mask, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention` by FlashAttention-4, which needs the distribution flash-attn-4 and a Hopper or Blackwell GPU.
 
-    Which block sizes it takes depends on its release, GPU and head dim; it says so itself. Its call is written from
-    its interface of release 4.0.0b36 and was not run.
+    Which block sizes it takes depends on its release, GPU and head dim; it says so itself. Release 4.0.0b36 was run,
+    with blocks of 128 on an H100.
 
     Raises:
         MissingDependencyError: If flash-attn-4 is not installed.
