@@ -171,6 +171,7 @@ def test_bytes_count_what_is_derived_later(kind):
     assert before == held()
     assert plan.transposed is not None
     assert plan.kernel_rule is not None
+    assert plan.launch_order is not None
     assert plan.nbytes == held() > before
 
 

@@ -35,7 +35,6 @@ class BlockPlan:
         partial: Key blocks computed with the in-block rule.
         rule: The in-block rule, see rule.py.
         bits: For a BITS rule the bitmap of each partial entry, int32 `[entries]`; else empty.
-        launch_order: Query blocks in the order to start them, int32 `[lists, query blocks]`.
         handle: The plan's number as a 0-d int64 CPU tensor: operators take it instead of the plan, so that
             compiled code is the same for all layers.
     """
@@ -46,7 +45,6 @@ class BlockPlan:
     partial: BlockList
     rule: Rule
     bits: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
-    launch_order: torch.Tensor = field(init=False)
     handle: torch.Tensor = field(init=False)
 
     def __post_init__(self):
@@ -55,7 +53,6 @@ class BlockPlan:
                 f"a BITS plan needs one bitmap for each of its {len(self.partial.indices)} partial blocks; "
                 f"{len(self.bits)} were given."
             )
-        object.__setattr__(self, "launch_order", launch_order(self.query, self.full, self.partial))
         number = next(_numbers)
         # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
         with torch.inference_mode(False):
@@ -188,6 +185,11 @@ class BlockPlan:
         return int((self.full.counts + self.partial.counts).max())
 
     @cached_property
+    def launch_order(self) -> torch.Tensor:
+        """Query blocks in the order to start them, int32 `[lists, query blocks]`."""
+        return launch_order(self.query, self.full, self.partial)
+
+    @cached_property
     def heavy_rows(self) -> int:
         """How many places at the head of the launch order hold rows over three times as long as the mean."""
         return heavy_places(self.full, self.partial, self.launch_order)
@@ -214,8 +216,8 @@ class BlockPlan:
         """Bytes of all its tensors, with what has been derived from them so far."""
         lists = [self.full, self.partial]
         tensors = [self.query.order, self.query.table, self.key.order, self.key.table, self.rule.parameters]
-        tensors += [self.bits, self.launch_order]
-        columns, rule = (self.__dict__.get(name) for name in ("transposed", "kernel_rule"))
+        order, columns, rule = (self.__dict__.get(name) for name in ("launch_order", "transposed", "kernel_rule"))
+        tensors += [self.bits] if order is None else [self.bits, order]
         if columns is not None:
             lists += [columns.full, columns.partial]
             tensors += [columns.bit_place, columns.launch_order]
