@@ -19,6 +19,7 @@ from fastdiff.commands import bench
 from fastdiff.methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, build_plan
 from fastdiff_kernels import Grid, TokenLayout, agent_attention, attention, pool_cells
 from fastdiff_kernels.errors import WrongResultError
+from fastdiff_kernels.export import fa4_lists
 
 KEYS = {"kernel", "shape", "tokens", "heads", "head_dim", "dtype", "density", "direction", "milliseconds", "spread"}
 KEYS |= {"tflops", "gpu", "versions", "commit"}
@@ -98,13 +99,15 @@ class TestKernels:
 
     def test_gradients_text_agents_and_lists_of_heads(self):
         configs = (RADIAL, NeighborhoodConfig((3, 3, 3), block_size=32), AgentConfig((1, 2, 2), steps=(0.0, 1.0)))
-        found = kernels.Bench(tiny((*configs, shapes.RandomParo(2, 0.5)), text=9), "cpu", 1).run()
+        by_head = (shapes.RandomParo(2, 0.5), shapes.RandomBlocks(2, 0.5))
+        found = kernels.Bench(tiny((*configs, *by_head), text=9), "cpu", 1).run()
         assert [one["kernel"].partition(", ")[2] for one in found] == [
             "",
             "radial tiled, decay 0.2, near 0.4",
             "neighborhood 3x3x3",
             "agent, 1x2x2 agents",
             "paro, random blocks",
+            "random blocks for each head",
         ]
         both = kernels.Bench(tiny(backward=True), "cpu", 1).run()
         assert [one["direction"] for one in both] == ["forward", "backward"] * 2
@@ -237,6 +240,14 @@ class TestFlashAttention4:
         assert all(torch.equal(x, back) for x, back in zip(inputs, blocks.tokens(*slots), strict=True))
         (out,) = blocks.tokens(blocks.attend(*slots))
         torch.testing.assert_close(out, attention(*inputs, plan, backend="reference"), atol=1e-5, rtol=1e-4)
+
+    def test_it_takes_random_blocks_for_each_head(self):
+        grid = Grid(4, 9, 20)
+        plan = shapes.RandomBlocks(3, 0.3).build_plan(TokenLayout.self_attention(grid))
+        assert plan.lists == 3
+        assert not torch.equal(plan.draw(0), plan.draw(1))
+        lists = fa4_lists(plan)
+        assert torch.equal(lists.full_block_cnt[0] + lists.mask_block_cnt[0], plan.full.counts + plan.partial.counts)
 
     def test_dense(self, fake_fa4, monkeypatch):
         ours = rivals.dense_kernels("cuda")["FlashAttention-4, dense"]

@@ -28,7 +28,7 @@ from fastdiff_patches.planner import Extras
 
 from .record import milliseconds
 from .rivals import Attend, FA4Blocks, FlexBlocks, dense_kernels, why_missing
-from .shapes import RandomParo, Shape
+from .shapes import RandomBlocks, RandomParo, Shape
 from .truth import check_agents, check_gradients, check_output
 
 REORDER = "reorder: gather of q, k and v, scatter of the output"
@@ -205,6 +205,8 @@ def name_of(config: Any) -> str:
         return f"agent, {'x'.join(map(str, config.agents))} agents"
     if isinstance(config, RandomParo):
         return "paro, random blocks"
+    if isinstance(config, RandomBlocks):
+        return "random blocks for each head"
     if isinstance(config, NeighborhoodConfig) and set(config.window) == {None}:
         return "every block"
     sides = [side for side in (config.window, config.stride) if isinstance(side, tuple)]

@@ -10,7 +10,7 @@ import torch
 from fastdiff.methods import AgentConfig, ClearConfig, MethodConfig, NeighborhoodConfig, RadialConfig
 from fastdiff.methods.paro import paro_plan
 from fastdiff.methods.paro_file import blocks_of
-from fastdiff_kernels import BlockPlan, Grid, TokenLayout
+from fastdiff_kernels import FULL, BlockPlan, Grid, Rule, Side, TokenLayout, natural_order, visibility_bits
 from fastdiff_kernels.axis_order import AXIS_ORDERS
 
 
@@ -26,6 +26,22 @@ class RandomParo:
         generator = torch.Generator().manual_seed(0)
         mask = torch.rand(self.heads, blocks, blocks, generator=generator) < self.kept
         return paro_plan(layout, [head % len(AXIS_ORDERS) for head in range(self.heads)], mask)
+
+
+@dataclass(frozen=True)
+class RandomBlocks:
+    """Blocks of 128 tokens in their own order, chosen at random for each head and computed whole."""
+
+    heads: int
+    kept: float
+
+    def build_plan(self, layout: TokenLayout) -> BlockPlan:
+        bits = visibility_bits(layout)
+        query, key = (Side.arrange(spans, 128, side_bits, natural_order)
+                      for spans, side_bits in zip((layout.query, layout.key), bits, strict=True))  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        kept = torch.rand(self.heads, query.blocks, key.blocks, generator=generator) < self.kept
+        return BlockPlan.from_states(query, key, kept * FULL, Rule.none())
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Shape:
     grid: Grid
     heads: int
     head_dim: int
-    configs: Callable[[], tuple[MethodConfig | RandomParo, ...]]
+    configs: Callable[[], tuple[MethodConfig | RandomParo | RandomBlocks, ...]]
     dtype: torch.dtype = torch.bfloat16
     text: int = 0
     backward: bool = False
@@ -66,9 +82,10 @@ _PICTURE_4K, _PICTURE_8K = Grid(1, 256, 256), Grid(1, 512, 512)
 _WHOLE = NeighborhoodConfig((None, None, None))
 
 
-def _on_wan() -> tuple[MethodConfig, ...]:
+def _on_wan() -> tuple[MethodConfig | RandomBlocks, ...]:
     published = RadialConfig(decay_factor=0.2)
-    return RadialConfig.for_density(0.2, _WAN), published, replace(published, mode="reference"), _WHOLE
+    reference = replace(published, mode="reference")
+    return RadialConfig.for_density(0.2, _WAN), published, reference, RandomBlocks(40, 0.2), _WHOLE
 
 
 def _boxes(window: tuple[int, ...], stride: tuple[int, ...]) -> tuple[MethodConfig, ...]:

@@ -119,11 +119,15 @@ def fa4_lists(plan: BlockPlan) -> FA4Lists:
                 f"the {name} side of this plan has padding between its {side.tokens} tokens, which FlashAttention-4 "
                 "could hide only by a rule of its own; use an order without padding, or another backend."
             )
-    for head in range(plan.heads or 1):
-        exists = (plan.key.order[head % plan.key.order.shape[0]] >= 0).unflatten(0, (-1, plan.key.block))
-        asks = (plan.query.order[head % plan.query.order.shape[0]] >= 0).unflatten(0, (-1, plan.query.block))
-        for row in range(plan.query_blocks):
-            hidden = ~plan.partial_mask(head, row) & exists[plan.row(plan.partial, head % plan.lists, row)]
+    on_cpu = plan.to("cpu")
+    for head in range(on_cpu.heads or 1):
+        exists, asks = (
+            (side.order[head % side.order.shape[0]] >= 0).unflatten(0, (-1, side.block))
+            for side in (on_cpu.key, on_cpu.query)
+        )
+        which = head % on_cpu.lists
+        for row in on_cpu.partial.counts[which].nonzero().flatten().tolist():
+            hidden = ~on_cpu.partial_mask(head, row) & exists[on_cpu.row(on_cpu.partial, which, row)]
             if bool(hidden[asks[row]].any()):
                 raise UnsupportedError(
                     f"a {plan.rule.kind.name} rule decides inside the blocks of this plan, and FlashAttention-4 gets "
