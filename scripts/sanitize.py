@@ -48,7 +48,7 @@ def small_plans(grid, block: int) -> list:
     """Plans with text, partial blocks and padding, and how many heads to run each with."""
     import torch
 
-    from fastdiff_kernels import BlockPlan, Grid, Rule, Side, TokenLayout, natural_order, snake_order, visibility_bits
+    from fastdiff_kernels import BlockPlan, Grid, Rule, TokenLayout, arrange_sides, snake_order
 
     picture = Grid(1, grid.frames * grid.height, grid.width)
     ends = [torch.arange(n) for n in (grid.frames, grid.height, grid.width)]
@@ -64,11 +64,7 @@ def small_plans(grid, block: int) -> list:
                              grid_order=snake_order), 2)
         for g, rule in rules
     ]  # fmt: skip
-    layout = TokenLayout.self_attention(grid)
-    query, key = (
-        Side.arrange(spans, block, bits, natural_order)
-        for spans, bits in zip((layout.query, layout.key), visibility_bits(layout), strict=True)
-    )
+    query, key = arrange_sides(TokenLayout.self_attention(grid), (block, block))
     generator = torch.Generator().manual_seed(0)
     state = torch.randint(0, 3, (3, query.blocks, key.blocks), generator=generator)
     words = torch.randint(0, 2**16, state.shape, generator=generator, dtype=torch.int32)

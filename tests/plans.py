@@ -12,9 +12,8 @@ from fastdiff_kernels import (
     Side,
     Span,
     TokenLayout,
-    natural_order,
+    arrange_sides,
     snake_order,
-    visibility_bits,
 )
 
 
@@ -68,10 +67,7 @@ def place(grid: Grid, token: int) -> tuple[int, int, int]:
 
 def plain_sides(tokens: tuple[int, int], blocks: tuple[int, int]) -> tuple[Side, Side]:
     """The query and the key side over plain sequences in their own order."""
-    layout = TokenLayout(*((Span("text", count),) for count in tokens), (("rule",),))
-    parts = zip((layout.query, layout.key), blocks, visibility_bits(layout), strict=True)
-    query, key = (Side.arrange(*part, natural_order) for part in parts)
-    return query, key
+    return arrange_sides(TokenLayout(*((Span("text", count),) for count in tokens), (("rule",),)), blocks)
 
 
 def random_bits_plan(tokens_q: int, tokens_k: int, heads: int, seed: int = 0) -> tuple[BlockPlan, torch.Tensor]:

@@ -17,10 +17,10 @@ from fastdiff_kernels import (
     Side,
     Span,
     TokenLayout,
+    arrange_sides,
     natural_order,
     raster_order,
     snake_order,
-    visibility_bits,
 )
 from fastdiff_kernels.kernel_rule import BALL, DISC, MIXED_BITS
 
@@ -184,11 +184,8 @@ def draw_rule(variant: Variant, rng: Random, grid: Grid) -> Rule:
 
 def _random_lists(variant, rng, heads, layout, rule, order) -> BlockPlan:
     aligned = variant.rule not in MIXED
-    bits, generator = visibility_bits(layout), torch.Generator().manual_seed(rng.randrange(2**31))
-    query, key = (
-        Side.arrange(spans, block, span_bits, order, aligned=aligned)
-        for spans, block, span_bits in zip((layout.query, layout.key), variant.blocks, bits, strict=True)
-    )
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    query, key = arrange_sides(layout, variant.blocks, order, aligned)
     if variant.by_head:
         query, key = (_shuffle(side, heads, aligned, generator) for side in (query, key))
     shape = (heads if variant.by_head else 1, query.blocks, key.blocks)

@@ -14,10 +14,9 @@ from fastdiff_kernels import (
     Span,
     TokenLayout,
     UnsupportedError,
+    arrange_sides,
     attention,
-    natural_order,
     snake_order,
-    visibility_bits,
 )
 from fastdiff_kernels.kernel_rule import BALL, DISC, MIXED_BITS, whole_ball
 
@@ -82,10 +81,7 @@ def test_it_computes_the_same_pairs(plan, kind, poison):
 
 def test_blocks_of_several_spans_keep_their_tables():
     layout = TokenLayout.self_attention(Grid(1, 3, 5), text_after=4)
-    sides = [
-        Side.arrange(spans, 16, bits, natural_order, aligned=False)
-        for spans, bits in zip((layout.query, layout.key), visibility_bits(layout), strict=True)
-    ]
+    sides = arrange_sides(layout, (16, 16), aligned=False)
     state = torch.ones(1, 2, 2, dtype=torch.uint8)
     plan = BlockPlan.from_states(*sides, state, Rule.none())
     assert plan.kernel_rule.kind == RuleKind.NONE

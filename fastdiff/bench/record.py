@@ -69,8 +69,8 @@ def conditions(device: str, commit: str | None) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")}
     if device == "cpu":
         versions["threads"] = str(torch.get_num_threads())
-    elif fa4_version() is not None:
-        versions["flash-attn-4"] = fa4_version()
+    elif (found := fa4_version()) is not None:
+        versions["flash-attn-4"] = found
     return {"gpu": name, "versions": versions, "commit": commit or _commit()}
 
 

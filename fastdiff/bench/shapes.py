@@ -10,7 +10,7 @@ import torch
 from fastdiff.methods import AgentConfig, ClearConfig, MethodConfig, NeighborhoodConfig, RadialConfig
 from fastdiff.methods.paro import paro_plan
 from fastdiff.methods.paro_file import blocks_of
-from fastdiff_kernels import FULL, BlockPlan, Grid, Rule, Side, TokenLayout, natural_order, visibility_bits
+from fastdiff_kernels import FULL, BlockPlan, Grid, Rule, TokenLayout, arrange_sides
 from fastdiff_kernels.axis_order import AXIS_ORDERS
 
 
@@ -36,9 +36,7 @@ class RandomBlocks:
     kept: float
 
     def build_plan(self, layout: TokenLayout) -> BlockPlan:
-        bits = visibility_bits(layout)
-        query, key = (Side.arrange(spans, 128, side_bits, natural_order)
-                      for spans, side_bits in zip((layout.query, layout.key), bits, strict=True))  # fmt: skip
+        query, key = arrange_sides(layout, (128, 128))
         generator = torch.Generator().manual_seed(0)
         kept = torch.rand(self.heads, query.blocks, key.blocks, generator=generator) < self.kept
         return BlockPlan.from_states(query, key, kept * FULL, Rule.none())

@@ -16,11 +16,9 @@ from fastdiff_kernels import (
     BlockPlan,
     Grid,
     Rule,
-    Side,
     TokenLayout,
     UnsupportedError,
-    natural_order,
-    visibility_bits,
+    arrange_sides,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +40,7 @@ def reference_plan(config: RadialConfig, layout: TokenLayout) -> BlockPlan:
             f"{', '.join(span.kind for span in layout.query)}. Use mode 'tiled' or 'raster'."
         )
     block = config.block_size
-    query_bits, key_bits = visibility_bits(layout)
-    query = Side.arrange(layout.query, block, query_bits, natural_order, aligned=False)
-    key = Side.arrange(layout.key, block, key_bits, natural_order, aligned=False)
+    query, key = arrange_sides(layout, (block, block), aligned=False)
     video = block_mask(config, layout.grid)
     state = torch.full((query.blocks, key.blocks), FULL, dtype=torch.uint8)
     state[: len(video), : len(video)] = torch.where(video, FULL, EMPTY)

@@ -7,7 +7,7 @@ from .box import Simulation, simulate
 from .errors import FastDiffError, InvalidInputError, MissingDependencyError, UnsupportedError
 from .layout import Grid, Span, TokenLayout
 from .order import Side, centred, natural_order, raster_order, snake_order
-from .plan import EMPTY, FULL, PARTIAL, BlockList, BlockPlan, visibility_bits
+from .plan import EMPTY, FULL, PARTIAL, BlockList, BlockPlan, arrange_sides
 from .rule import Rule, RuleKind
 from .some_heads import of_heads
 
@@ -31,6 +31,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedError",
     "agent_attention",
+    "arrange_sides",
     "attention",
     "backends",
     "centred",
@@ -41,5 +42,4 @@ __all__ = [
     "raster_order",
     "simulate",
     "snake_order",
-    "visibility_bits",
 ]

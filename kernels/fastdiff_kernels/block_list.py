@@ -80,7 +80,7 @@ class Columns:
     @cached_property
     def heavy(self) -> int:
         """How many places at the head of the launch order hold columns over three times as long as the mean."""
-        return heavy_places(self.full, self.partial, self.launch_order)
+        return heavy_places(self.full, self.partial)
 
 
 def launch_order(side: Side, full: BlockList, partial: BlockList) -> torch.Tensor:
@@ -90,14 +90,13 @@ def launch_order(side: Side, full: BlockList, partial: BlockList) -> torch.Tenso
     at the end; all others as `side.in_waves()` has them.
     """
     counts = full.counts + partial.counts
-    rank = torch.empty_like(counts)
-    rank[:] = side.in_waves().argsort()
+    rank = side.in_waves().argsort()
     return torch.where(_heavy(counts), -counts, rank).argsort(dim=1, stable=True).to(torch.int32)
 
 
-def heavy_places(full: BlockList, partial: BlockList, launch_order: torch.Tensor) -> int:
+def heavy_places(full: BlockList, partial: BlockList) -> int:
     """How many places at the head of the launch order hold lists over three times as long as the mean."""
-    return int(_heavy(full.counts + partial.counts).gather(1, launch_order.long()).any(0).sum())
+    return int(_heavy(full.counts + partial.counts).sum(1).max())
 
 
 def _heavy(counts: torch.Tensor) -> torch.Tensor:

@@ -151,11 +151,10 @@ class Side:
         other: methods look at the same place of other frames.
         """
         natural = torch.arange(self.blocks, device=self.order.device)
-        frame = self.table[0, :, 0].unflatten(0, (self.blocks, self.block)).long()
-        padding = (self.order[0] < 0).unflatten(0, (self.blocks, self.block))
-        last = frame.masked_fill(padding, 0).amax(1)
-        first = torch.minimum(frame.masked_fill(padding, frame.max()).amin(1), last)
-        if self.order.shape[0] > 1 or float((last - first).float().mean()) >= 0.5:
+        if self.order.shape[0] > 1:
+            return natural
+        first, last = self.boxes()[..., 0].clamp(0, self.table[0, :, 0].max()).long().unbind(1)
+        if float((last - first).float().mean()) >= 0.5:
             return natural
         by_frame = first.argsort(stable=True)
         sizes = torch.bincount(first)

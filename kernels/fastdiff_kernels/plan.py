@@ -87,9 +87,7 @@ class BlockPlan:
             block_q, block_k: Slots in a query and in a key block.
             grid_order: Order of the tokens of a grid span; text keeps its own.
         """
-        query_bits, key_bits = visibility_bits(layout)
-        query = Side.arrange(layout.query, block_q, query_bits, grid_order)
-        key = Side.arrange(layout.key, block_k, key_bits, grid_order)
+        query, key = arrange_sides(layout, (block_q, block_k), grid_order)
         touched, whole = classify(rule, query.boxes(), key.boxes())
         if torch.equal(touched, whole):
             # Blocks decide alone; a kernel then need not evaluate the rule where a block is partial by padding.
@@ -192,7 +190,7 @@ class BlockPlan:
     @cached_property
     def heavy_rows(self) -> int:
         """How many places at the head of the launch order hold rows over three times as long as the mean."""
-        return heavy_places(self.full, self.partial, self.launch_order)
+        return heavy_places(self.full, self.partial)
 
     @cached_property
     def transposed(self) -> Columns:
@@ -312,6 +310,15 @@ def plan_of(handle: torch.Tensor) -> BlockPlan:
     if plan is None:
         raise InvalidInputError(f"plan {int(handle)} no longer exists; keep the BlockPlan alive while it is in use.")
     return plan
+
+
+def arrange_sides(
+    layout: TokenLayout, blocks: tuple[int, int], grid_order: GridOrder = natural_order, aligned: bool = True
+) -> tuple[Side, Side]:
+    """The query and the key side of a layout, blocks of so many queries and keys; else as `Side.arrange`."""
+    parts = zip((layout.query, layout.key), blocks, visibility_bits(layout), strict=True)
+    query, key = (Side.arrange(*part, grid_order, aligned) for part in parts)
+    return query, key
 
 
 def visibility_bits(layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
