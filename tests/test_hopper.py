@@ -54,9 +54,16 @@ def plans() -> dict[str, BlockPlan]:
         "dense with text": BlockPlan.from_rule(text, whole, **size),
         "metric": BlockPlan.from_rule(text, metric_rule(3), **size),
         "box": BlockPlan.from_rule(text, box_rule(grid), **size),
+        "in token order": in_token_order(),
         "ball": BlockPlan.from_rule(text, Rule.metric(torch.tensor([40, 30, -1])), **size),
         "bits per head": bits_plan(),
     }
+
+
+def in_token_order() -> BlockPlan:
+    """663 tokens as they come: keys need no reordering, and the last block has 23 of them."""
+    layout = TokenLayout.self_attention(Grid(3, 13, 17))
+    return BlockPlan.from_rule(layout, metric_rule(3), block_q=128, block_k=128)
 
 
 def bits_plan() -> BlockPlan:
@@ -100,6 +107,38 @@ def check(q, k, v, plan: BlockPlan, *, atol: float, key_mask: torch.Tensor | Non
     for ours, true in zip(out.double(), truth, strict=True):
         assert (ours - true).norm() <= 1e-2 * true.norm()
     torch.testing.assert_close(lse, true_lse.float(), atol=atol, rtol=1e-2)
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_keys_in_token_order_are_read_where_they_stand(monkeypatch):
+    """Of each sample no more than is its own: what comes behind it in memory is NaN."""
+    plan = in_token_order().to("cuda")
+    monkeypatch.setattr("fastdiff_kernels.hopper.gather", lambda *pairs: pytest.fail("keys are copied"))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 663, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    alone = attention(q[:1], k[:1], v[:1], plan, backend="triton")
+    k[1], v[1] = float("nan"), float("nan")
+    assert torch.equal(attention(q, k, v, plan, backend="triton")[:1], alone)
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_keys_that_the_copy_engine_cannot_read_are_copied():
+    """Strides or a start that are no multiples of 16 bytes, and one sample seen as two."""
+    plan = in_token_order().to("cuda")
+    torch.manual_seed(0)
+    q, plain = (torch.randn(2, 663, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    want = attention(q, plain, plain, plan, backend="triton")
+    apart = torch.zeros(2, 663, 3 * 64 + 2, device="cuda", dtype=torch.bfloat16)[..., :-2].unflatten(-1, (3, 64))
+    late = torch.zeros(plain.numel() + 2, device="cuda", dtype=torch.bfloat16)[2:].view(plain.shape)
+    for x in (apart, late):
+        x.copy_(plain)
+        assert torch.equal(attention(q, x, plain, plan, backend="triton"), want)
+        assert torch.equal(attention(q, plain, x, plan, backend="triton"), want)
+    twice = plain[:1].expand(2, -1, -1, -1)
+    want = attention(q, twice.contiguous(), twice.contiguous(), plan, backend="triton")
+    assert torch.equal(attention(q, twice, twice, plan, backend="triton"), want)
 
 
 def masks(plan: BlockPlan) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 
 import pytest
 import torch
@@ -66,6 +66,23 @@ def test_orders_hold_every_token_once(order, grid):
     assert sorted(tokens[tokens >= 0].tolist()) == list(range(grid.tokens))
     if order is not raster_order:
         assert torch.equal(coordinates[tokens >= 0], grid.coordinates()[tokens[tokens >= 0]])
+
+
+@pytest.mark.parametrize(
+    ("layout", "order", "kept"),
+    [
+        (TokenLayout.self_attention(Grid(3, 5, 7)), natural_order, True),
+        (TokenLayout.self_attention(Grid(1, 4, 8)), natural_order, True),
+        (TokenLayout.self_attention(Grid(1, 4, 8), text_after=3), natural_order, True),
+        (TokenLayout.self_attention(Grid(3, 5, 7), text_after=3), natural_order, False),
+        (TokenLayout.self_attention(Grid(3, 5, 7)), raster_order, False),
+        (TokenLayout.self_attention(Grid(1, 9, 11)), snake_order, False),
+    ],
+)
+def test_plans_say_where_tokens_stay_in_their_order(layout, order, kept):
+    side = BlockPlan.from_rule(layout, box_rule(layout.grid), block_q=16, block_k=16, grid_order=order).key
+    assert side.in_token_order is kept
+    assert not replace(side, order=side.order.repeat(2, 1)).in_token_order
 
 
 def test_snake_blocks_are_compact():

@@ -268,13 +268,17 @@ def _repeated(model: nn.Module) -> int:
     return sum(type(module).__name__ in model._repeated_blocks for module in model.modules())
 
 
-def _solved(kind: type[MethodConfig]) -> Callable[[Architecture, float], MethodConfig]:
-    return lambda one, density: kind.for_density(density, one.grid, text_tokens=one.text)
+def _solved(kind: type[MethodConfig], **settings) -> Callable[[Architecture, float], MethodConfig]:
+    return lambda one, density: kind.for_density(density, one.grid, text_tokens=one.text, **settings)
 
 
 # Paro is missing: its masks are calibrated on real weights.
 BUILDERS: dict[str, tuple[Callable[[Architecture, float], MethodConfig], ...]] = {
-    "radial": (_solved(RadialConfig), lambda one, density: RadialConfig(decay_factor=0.2)),
+    "radial": (
+        _solved(RadialConfig),
+        lambda one, density: RadialConfig(decay_factor=0.2),
+        _solved(RadialConfig, mode="reference"),
+    ),
     "neighborhood": (_solved(NeighborhoodConfig),),
     "clear": (lambda one, density: ClearConfig(8),),
     "agent": (lambda one, density: replace(AgentConfig.agent_sd(one.grid), steps=(0.0, 1.0)),),

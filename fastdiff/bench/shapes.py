@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -81,9 +81,8 @@ _WHOLE = NeighborhoodConfig((None, None, None))
 
 
 def _on_wan() -> tuple[MethodConfig | RandomBlocks, ...]:
-    published = RadialConfig(decay_factor=0.2)
-    reference = replace(published, mode="reference")
-    return RadialConfig.for_density(0.2, _WAN), published, reference, RandomBlocks(40, 0.2), _WHOLE
+    tiled, reference = (RadialConfig.for_density(0.2, _WAN, mode=mode) for mode in ("tiled", "reference"))
+    return tiled, RadialConfig(decay_factor=0.2), reference, RandomBlocks(40, 0.2), _WHOLE
 
 
 def _boxes(window: tuple[int, ...], stride: tuple[int, ...]) -> tuple[MethodConfig, ...]:

@@ -32,35 +32,35 @@ _LN2 = gl.constexpr(math.log(2))
 
 
 @gluon.jit
-def _copy(desc, ring, full, empty, count, head, row):
+def _copy(desc, ring, full, empty, count, batch, head, row):
     stages: gl.constexpr = ring.type.shape[0]
     stage = count % stages
     hopper.mbarrier.wait(empty.index(stage), (count // stages & 1) ^ 1)
     hopper.mbarrier.expect(full.index(stage), desc.block_type.nbytes)
-    hopper.tma.async_copy_global_to_shared(desc, [head, row, 0], full.index(stage), ring.index(stage))
+    hopper.tma.async_copy_global_to_shared(desc, [batch, head, row, 0], full.index(stage), ring.index(stage))
 
 
 @gluon.jit
 def _copy_tiles(
     k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    full_indices, full_start, full_tiles, partial_indices, partial_start, tiles, head, first_row,
+    full_indices, full_start, full_tiles, partial_indices, partial_start, tiles, batch, head,
 ):  # fmt: skip
     """The copying group: keys of the row's full blocks, then of its partial ones, and values one tile behind."""
-    keys: gl.constexpr = k_desc.block_type.shape[1]
+    keys: gl.constexpr = k_desc.block_type.shape[2]
     parts: gl.constexpr = 128 // keys
-    before = first_row
+    before = 0
     for n in range(tiles):
         if n < full_tiles:
             block = gl.load(full_indices + full_start + n // parts)
         else:
             block = gl.load(partial_indices + partial_start + (n - full_tiles) // parts)
-        row = first_row + block * 128 + n % parts * keys
-        _copy(k_desc, k_ring, k_full, k_empty, n, head, row)
+        row = block * 128 + n % parts * keys
+        _copy(k_desc, k_ring, k_full, k_empty, n, batch, head, row)
         if n > 0:
-            _copy(v_desc, v_ring, v_full, v_empty, n - 1, head, before)
+            _copy(v_desc, v_ring, v_full, v_empty, n - 1, batch, head, before)
         before = row
     if tiles > 0:
-        _copy(v_desc, v_ring, v_full, v_empty, tiles - 1, head, before)
+        _copy(v_desc, v_ring, v_full, v_empty, tiles - 1, batch, head, before)
 
 
 @gluon.jit
@@ -145,7 +145,7 @@ def hide_masked(scores, block, n, limits, masked):
 
 @gluon.jit
 def tile_at(ring, n):
-    return ring.index(n % ring.type.shape[0]).reshape([ring.type.shape[2], ring.type.shape[3]])
+    return ring.index(n % ring.type.shape[0]).reshape([ring.type.shape[-2], ring.type.shape[-1]])
 
 
 @gluon.jit
@@ -161,7 +161,7 @@ def give_back(barriers, n):
 
 @gluon.jit
 def _scores(query, k_ring, k_full, n):
-    keys: gl.constexpr = k_ring.type.shape[2]
+    keys: gl.constexpr = k_ring.type.shape[-2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, keys, 16])
     wait(k_full, n)
     zeros = gl.zeros([_HALF, keys], gl.float32, layout)
@@ -199,7 +199,7 @@ def _steps(
     PARTIAL: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """Tiles start to end of a row, one behind in the values; `place` + n is where tile n stands in `indices`."""
-    parts: gl.constexpr = 128 // k_ring.type.shape[2]
+    parts: gl.constexpr = 128 // k_ring.type.shape[-2]
     for n in range(start, end):
         # One group issues both products, then the other: each does its softmax while the other's are computed.
         _take_turn(half)
@@ -229,8 +229,8 @@ def _attend(
     HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr, WRITE_LSE: gl.constexpr,
 ):  # fmt: skip
     """A computing group: 64 queries of the program's block."""
-    keys: gl.constexpr = k_ring.type.shape[2]
-    width: gl.constexpr = k_ring.type.shape[3]
+    keys: gl.constexpr = k_ring.type.shape[-2]
+    width: gl.constexpr = k_ring.type.shape[-1]
     parts: gl.constexpr = 128 // keys
     rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, keys, 16]))
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
@@ -307,8 +307,8 @@ def _forward_kernel(
     mask_heads, scale_log2,
     HEAD_DIM: gl.constexpr, RULE: gl.constexpr, HAS_KEY_MASK: gl.constexpr, WRITE_LSE: gl.constexpr,
 ):  # fmt: skip
-    keys: gl.constexpr = k_desc.block_type.shape[1]
-    width: gl.constexpr = k_desc.block_type.shape[2]
+    keys: gl.constexpr = k_desc.block_type.shape[2]
+    width: gl.constexpr = k_desc.block_type.shape[3]
     parts: gl.constexpr = 128 // keys
     batch, head, row = launched(launch_order, batches, heads, q_blocks, heavy_rows, list_step)
     offset = head * list_step * (q_blocks + 1) + row
@@ -318,8 +318,8 @@ def _forward_kernel(
 
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_HALF, width], q.dtype.element_ty)
     q_ring = gl.allocate_shared_memory(q.dtype.element_ty, [2, _HALF, width], q_layout)
-    k_ring = gl.allocate_shared_memory(k_desc.dtype, [_STAGES, 1, keys, width], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(v_desc.dtype, [_STAGES, 1, keys, width], v_desc.layout)
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, [_STAGES, 1, 1, keys, width], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, [_STAGES, 1, 1, keys, width], v_desc.layout)
     barriers: gl.constexpr = hopper.mbarrier.MBarrierLayout()
     k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barriers)
     k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], barriers)
@@ -367,7 +367,7 @@ def _forward_kernel(
                 _copy_tiles,
                 (
                     k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                    full_indices, full_start, full_tiles, partial_indices, partial_start, tiles, head, batch * k_slots,
+                    full_indices, full_start, full_tiles, partial_indices, partial_start, tiles, batch, head,
                 ),
             ),
         ],
@@ -377,9 +377,22 @@ def _forward_kernel(
 
 
 def tile_of(head_dim: int) -> list[int]:
-    """Heads, keys and dims of one copy. Two stages of more would not fit shared memory; what is beyond a head is 0."""
+    """Samples, heads, keys and dims of one copy: of more keys two stages would not fit shared memory."""
     width = max(64, triton.next_power_of_2(head_dim))
-    return [1, BLOCK if width <= 128 else BLOCK // 2, width]
+    return [1, 1, BLOCK if width <= 128 else BLOCK // 2, width]
+
+
+def _tiles_of(x: torch.Tensor) -> TensorDescriptor:
+    """How the copy engine reads keys or values: 0 for what is beyond the end of a sample or of a head."""
+    tile = tile_of(x.shape[-1])
+    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), tile, layout)
+
+
+def _readable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can read the tensor where it stands: it counts in pieces of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
 
 
 def fits(q: torch.Tensor, plan: BlockPlan, scale: float) -> bool:
@@ -407,15 +420,11 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens) if return_lse else (1,), dtype=torch.float32, device=q.device)
     rule, slots = plan.kernel_rule, plan.key.slots
-    tile = tile_of(head_dim)
-    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16)
-    shape, strides = [heads, batch * slots, head_dim], [head_dim, heads * head_dim, 1]
-    keys, values = (
-        TensorDescriptor(x, shape, strides, tile, layout) for x in gather((k, plan.key.order), (v, plan.key.order))
-    )
+    if not (plan.key.in_token_order and _readable(k) and _readable(v)):
+        k, v = gather((k, plan.key.order), (v, plan.key.order))
     limits, masked = (out, out) if key_mask is None else key_limits(key_mask, plan.key.order, BLOCK)
     _forward_kernel[(plan.query_blocks * batch * heads,)](
-        q, keys, values, out, lse, plan.query.order, rule.query, rule.key, plan.launch_order,
+        q, _tiles_of(k), _tiles_of(v), out, lse, plan.query.order, rule.query, rule.key, plan.launch_order,
         plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
         rule.parameters, plan.bits, limits, masked, *q.stride()[:3], *out.stride()[:3],
         batch, heads, tokens, plan.query_blocks, plan.heavy_rows,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -132,6 +133,12 @@ class Side:
     @property
     def blocks(self) -> int:
         return self.slots // self.block
+
+    @cached_property
+    def in_token_order(self) -> bool:
+        """Whether slots hold the tokens as they come, with padding behind the last alone."""
+        tokens = torch.arange(self.tokens, dtype=torch.int32, device=self.order.device)
+        return self.order.shape[0] == 1 and torch.equal(self.order[0, : self.tokens], tokens)
 
     def to(self, device) -> Side:
         return Side(self.tokens, self.block, self.order.to(device), self.table.to(device))
