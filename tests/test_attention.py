@@ -5,12 +5,16 @@ import torch
 from plans import box_rule, metric_plan, random_bits_plan
 
 from fastdiff_kernels import (
+    FULL,
+    PARTIAL,
     BlockPlan,
     Grid,
     InvalidInputError,
     Rule,
+    Span,
     TokenLayout,
     UnsupportedError,
+    arrange_sides,
     attention,
     choose_backend,
     snake_order,
@@ -286,6 +290,12 @@ def test_dense_plan_equals_sdpa():
         (lambda a: {"k": a["k"][:, :-1], "v": a["v"][:, :-1]}, "this plan is for"),
         (lambda a: {"k": a["k"].half()}, "all three alike"),
         (lambda a: {name: a[name].int() for name in "qkv"}, "floating-point"),
+        (lambda a: {name: a[name].to(torch.float8_e4m3fn) for name in "qkv"}, "16 bits at least"),
+        (lambda a: {name: a[name][:, :, :0] for name in "qkv"}, "0 heads of 32"),
+        (lambda a: {name: a[name][..., :0] for name in "qkv"}, "2 heads of 0"),
+        (lambda a: {"plan": None}, "give a BlockPlan"),
+        (lambda a: {"scale": float("nan")}, "scale is nan"),
+        (lambda a: {"key_mask": torch.ones(2, a["plan"].key_tokens, dtype=torch.bool, device="meta")}, "on meta"),
         (lambda a: {"v": a["v"][..., :-8]}, "must be equal"),
         (lambda a: {"k": a["k"][:, :, :1], "v": a["v"][:, :, :1]}, "Repeat grouped"),
         (lambda a: {"backend": "cudnn"}, "allowed are"),
@@ -304,6 +314,57 @@ def test_plan_of_other_heads_is_refused():
     plan, _ = random_bits_plan(75, 41, heads=3)
     with pytest.raises(InvalidInputError, match="lists for 3"):
         attention(*draw(plan, heads=2), plan)
+
+
+@pytest.mark.parametrize("blocks", [(32, 8), (8, 32), (24, 24)])
+def test_blocks_that_triton_does_not_take(blocks):
+    plan = metric_plan(Grid(2, 5, 7), block_q=blocks[0], block_k=blocks[1])
+    with pytest.raises(UnsupportedError, match="powers of two from 16"):
+        attention(*draw(plan), plan, backend="triton")
+    assert_matches(plan, draw(plan), "torch")
+
+
+def test_pad_queries_in_a_block_with_others_see_nothing():
+    grid = Grid(1, 4, 5)
+    query = (Span("grid", 20, grid), Span("pad", 12))
+    sides = arrange_sides(TokenLayout(query, (Span("text", 40),)), (32, 16), aligned=False)
+    states = torch.full((1, sides[0].blocks, sides[1].blocks), PARTIAL)
+    plan = BlockPlan.from_states(*sides, states, Rule.none())
+    for backend in BACKENDS:
+        assert_matches(plan, draw(plan), backend)
+        assert not attention(*draw(plan), plan, backend=backend)[:, 20:].any()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_whole_blocks_never_show_pad_keys(aligned):
+    spans = (Span("text", 32), Span("pad", 32))
+    sides = arrange_sides(TokenLayout(spans[:1], spans), (16, 16), aligned=aligned)
+    plan = BlockPlan.from_states(*sides, torch.full((1, 2, 4), FULL), Rule.none())
+    assert (plan.full_blocks, plan.partial_blocks) == (4, 0)
+    assert not plan.visible_keys(0)[32:].any()
+
+
+def test_forward_mode_derivatives_are_refused_but_by_the_reference():
+    plan = metric_plan(Grid(2, 5, 7))
+    q, k, v = draw(plan)
+    for backend in BACKENDS:
+        with pytest.raises(UnsupportedError, match="forward-mode"):
+            torch.func.jvp(lambda x, backend=backend: attention(x, k, v, plan, backend=backend), (q,), (q,))
+    _, tangent = torch.func.jvp(lambda x: attention(x, k, v, plan, backend="reference"), (q,), (q,))
+    assert tangent.norm() > 0
+
+
+def test_gradients_without_a_log_sum_exp_are_refused_by_triton():
+    plan = metric_plan(Grid(2, 5, 7))
+    q, k, v = draw(plan)
+    batches = torch.stack([q, 2 * q]).requires_grad_()
+    out = torch.func.vmap(lambda x: attention(x, k, v, plan, backend="triton"))(batches)
+    with pytest.raises(UnsupportedError, match="return_lse=True"):
+        out.sum().backward()
+    torch.func.vmap(lambda x: attention(x, k, v, plan, backend="torch"))(batches).sum().backward()
+    again = batches.detach().requires_grad_()
+    torch.stack([attention(x, k, v, plan, backend="reference") for x in again]).sum().backward()
+    torch.testing.assert_close(batches.grad, again.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_backend_choice(monkeypatch):

@@ -19,6 +19,12 @@ def test_grid_refuses(text):
         Grid.parse(text)
 
 
+@pytest.mark.parametrize("tokens", [0, -1, 2.5, True])
+def test_spans_of_no_whole_number_of_tokens_are_refused(tokens):
+    with pytest.raises(InvalidInputError, match="whole number"):
+        Span("text", tokens)
+
+
 def test_coordinates_are_row_major():
     assert Grid(2, 2, 3).coordinates().tolist()[:4] == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0]]
 

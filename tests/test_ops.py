@@ -81,6 +81,22 @@ def test_compiled_gradients():
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_autocast_changes_nothing_within(return_lse, backend):
+    plan = metric_plan(Grid(2, 3, 5))
+    found = []
+    for on in (False, True):
+        tensors = inputs(plan, requires_grad=True)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=on):
+            out = attention(*tensors, plan, return_lse=return_lse, backend=backend)
+        out = out if return_lse else (out,)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=on and backend == "torch"):
+            found.append((*out, *torch.autograd.grad([x.sum() for x in out], tensors)))
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_autocast_takes_what_the_layers_hand_over():
     plan = metric_plan(Grid(2, 3, 5))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

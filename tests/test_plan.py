@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from dataclasses import is_dataclass, replace
 
 import pytest
@@ -156,6 +158,41 @@ def test_handle_finds_the_plan_while_it_lives():
     del plan
     with pytest.raises(InvalidInputError, match="no longer exists"):
         plan_of(handle)
+
+
+def test_handles_of_two_processes_differ():
+    count = "import fastdiff_kernels.plan as plan; print(next(plan._numbers))"
+    numbers = {subprocess.check_output([sys.executable, "-c", count], text=True) for _ in range(2)}
+    assert len(numbers) == 2
+
+
+@pytest.mark.parametrize("block", [0, -32])
+def test_blocks_without_tokens_are_refused(block):
+    with pytest.raises(InvalidInputError, match="give 1 at least"):
+        metric_plan(Grid(2, 3, 4), block_q=block)
+
+
+def test_rules_that_cannot_be_are_refused():
+    with pytest.raises(InvalidInputError, match="fit int32"):
+        Rule.metric(torch.tensor([2**31]))
+    with pytest.raises(InvalidInputError, match="one limit at least"):
+        Rule.metric(torch.tensor([]))
+    ends = [torch.arange(n) for n in (2, 3, 4)]
+    with pytest.raises(InvalidInputError, match="must not decrease along an axis; on y"):
+        Rule.box((ends[0], ends[1].flip(0), ends[2]), tuple(ends))
+    with pytest.raises(InvalidInputError, match="give 1 at least for each"):
+        Rule.bits(0, 4, 4)
+
+
+def test_metric_rules_that_do_not_reach_are_refused():
+    grid, farther = Grid(3, 4, 4), Grid(5, 4, 4)
+    spans = (Span("grid", grid.tokens, grid), Span("reference", farther.tokens, farther))
+    rule = Rule.metric(torch.tensor([9, 5, 1]))
+    with pytest.raises(InvalidInputError, match="up to 4 frames apart"):
+        BlockPlan.from_rule(TokenLayout(spans, spans), rule, block_q=16, block_k=16)
+    heavy = Rule.metric(torch.tensor([9, 5, 1]), a=2**28)
+    with pytest.raises(InvalidInputError, match="more than int32 holds"):
+        BlockPlan.from_rule(TokenLayout.self_attention(grid), heavy, block_q=16, block_k=16)
 
 
 @pytest.mark.parametrize("block", [7, 10, 20, 24])

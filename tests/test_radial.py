@@ -13,7 +13,7 @@ from fastdiff.methods import METHODS, ClearConfig, NeighborhoodConfig, RadialCon
 from fastdiff.methods.planner import PlanCache, Planner
 from fastdiff.methods.radial import disc_limits
 from fastdiff.methods.radial_reference import block_mask
-from fastdiff_kernels import Grid, InvalidInputError, TokenLayout, UnsupportedError, attention
+from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError, attention
 from fastdiff_kernels.reference import dense_mask
 
 # The published block counts: grid, settings, active blocks, and those in the first, the middle and the last row.
@@ -216,6 +216,7 @@ def test_for_density_gives_up_decay_then_near_width_then_sink():
     assert (narrow.decay_factor, narrow.sink) == (0.0, True)
     assert narrow.near_width < 1
     assert not RadialConfig.for_density(0.3, Grid(9, 16, 16)).sink
+    assert not RadialConfig.for_density(0.9, grid, sink=False).sink
 
 
 def test_for_density_names_the_floor():
@@ -257,6 +258,9 @@ def test_values_out_of_range_are_refused(settings):
 def test_layouts_that_cannot_be_are_refused():
     with pytest.raises(UnsupportedError, match="video before text"):
         RadialConfig(mode="reference").build_plan(TokenLayout.self_attention(Grid(2, 8, 8), text_before=3))
+    spans = (Span("grid", 128, Grid(2, 8, 8)), Span("text", 3))
+    with pytest.raises(UnsupportedError, match="all see the text"):
+        RadialConfig(mode="reference").build_plan(TokenLayout(spans, spans, (("rule", "none"), ("all", "all"))))
     with pytest.raises(InvalidInputError, match="Use mode 'tiled'"):
         RadialConfig(mode="raster").build_plan(TokenLayout.self_attention(Grid(2, 300, 300)))
 

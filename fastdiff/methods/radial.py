@@ -117,13 +117,13 @@ class RadialConfig(MethodConfig):
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> RadialConfig:
         """The least sparse config whose plan stays within a density; whole blocks may leave it well below.
 
-        It lowers the decay factor first, then `near_width`, and gives up the sink last.
+        It lowers the decay factor first, then `near_width`, and gives up the sink last, unless `sink` is given.
 
         Args:
             density: Computed share of the scores, text included, above 0 and up to 1.
             grid: The token grid of the run.
             text_tokens: Text tokens in the same sequence.
-            **settings: `block_size` and `mode`, if they are not the defaults.
+            **settings: `block_size`, `mode` and `sink`, if they are not the defaults.
 
         Raises:
             InvalidInputError: If the density is out of range, or below the floor of this grid, which is named.
@@ -135,7 +135,7 @@ class RadialConfig(MethodConfig):
             return config.build_plan(layout).density()
 
         config = cls(**settings)
-        for sink in (True, False):
+        for sink in (settings["sink"],) if "sink" in settings else (True, False):
             config = replace(config, decay_factor=1.0, near_width=1.0, sink=sink)
             for name in ("decay_factor", "near_width"):
                 lowest = replace(config, **{name: 0.0})

@@ -32,12 +32,13 @@ def reference_plan(config: RadialConfig, layout: TokenLayout) -> BlockPlan:
     """A plan of whole blocks; text and the tokens beyond the last whole block are a dense row and column.
 
     Raises:
-        UnsupportedError: If text stands before the video.
+        UnsupportedError: If text stands before the video, or does not see all and is seen by all.
     """
-    if layout.query[0].kind != "grid" or layout.query != layout.key:
+    usual = TokenLayout(layout.query, layout.key)
+    if layout.query[0].kind != "grid" or layout.query != layout.key or layout.visibility != usual.visibility:
         raise UnsupportedError(
-            "radial's mode 'reference' knows video alone or video before text, in self-attention; this layout is "
-            f"{', '.join(span.kind for span in layout.query)}. Use mode 'tiled' or 'raster'."
+            "radial's mode 'reference' knows video alone or video before text, in self-attention where all see the "
+            f"text; this layout is {', '.join(span.kind for span in layout.query)}. Use mode 'tiled' or 'raster'."
         )
     block = config.block_size
     query, key = arrange_sides(layout, (block, block), aligned=False)

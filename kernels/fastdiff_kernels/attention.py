@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 
 import torch
+from torch.autograd import forward_ad
 
 from .errors import InvalidInputError, MissingDependencyError, UnsupportedError
 from .ops import block_sparse, check_call
@@ -47,17 +49,25 @@ def attention(
 
     Returns:
         Output of the shape and dtype of `q`, zero where a query sees no key; with `return_lse` also the natural
-        log-sum-exp, float32 `[batch, heads, query tokens]`, -inf where a query sees no key.
+        log-sum-exp, float32 `[batch, heads, query tokens]` (float64 from the reference in float64), -inf where a
+        query sees no key.
 
     Raises:
-        InvalidInputError: If shapes, dtypes, devices or the backend's name do not fit.
-        UnsupportedError: If the backend cannot take this dtype, device or head dim.
+        InvalidInputError: If shapes, dtypes, devices, the scale or the backend's name do not fit.
+        UnsupportedError: If the backend cannot take this dtype, device, head dim or block size, or the call is
+            differentiated in forward mode, which `"reference"` alone can.
         MissingDependencyError: If triton or FlashAttention-4 is asked for and not installed.
     """
     if not torch.compiler.is_compiling():
+        if not isinstance(plan, BlockPlan):
+            raise InvalidInputError(f"plan is of type {type(plan).__name__}; give a BlockPlan.")
         check_call(q, k, v, plan, key_mask)
     chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise InvalidInputError(f"scale is {scale}; give a finite number.")
+    if chosen != "reference" and not torch.compiler.is_compiling():
+        _refuse_tangents(q, k, v)
     if chosen == "reference":
         out, lse = reference(q, k, v, plan.to(q.device), scale, key_mask)
     elif chosen in GUESTS:
@@ -72,6 +82,15 @@ def attention(
             q, k, v, plan.handle, key_mask, scale, return_lse or (trained and chosen == "triton"), chosen
         )
     return (out, lse) if return_lse else out
+
+
+def _refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Forward-mode derivatives would be lost without a word."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise UnsupportedError(
+            "forward-mode derivatives (torch.func.jvp, forward_ad) are not implemented; use backward, or "
+            "backend='reference'."
+        )
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

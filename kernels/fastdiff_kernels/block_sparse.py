@@ -276,18 +276,6 @@ def forward(
     return out, lse
 
 
-def in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Tokens to slots: `[batch, tokens, heads, head_dim]` to `[batch, slots, heads, head_dim]`."""
-    # Padding slots take token 0: any finite value does, since no rule lets them be seen.
-    place = order.clamp(min=0).long()
-    if place.shape[0] == 1:
-        return x.index_select(1, place[0])
-    # One row of head_dim for each index: an index for each element, as `gather` takes it, is several times slower.
-    batch, _, heads, head_dim = x.shape
-    rows = place.t() * heads + torch.arange(heads, device=x.device)
-    return x.flatten(1, 2).index_select(1, rows.flatten()).view(batch, -1, heads, head_dim)
-
-
 def mask_in_order(key_mask: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Which slots hold a key that exists: bool `[batch, tokens]` to int8 `[batch, 1 or heads, slots]`."""
     return (key_mask[:, order.clamp(min=0).long()] & (order >= 0)).to(torch.int8).contiguous()

@@ -89,8 +89,10 @@ def kernel_rule(plan: BlockPlan) -> KernelRule:
 def _spans_of_blocks(plan: BlockPlan) -> torch.Tensor | None:
     """The span of each key block, int32 `[key blocks]`, or None where blocks of either side lie in several."""
     whole, ruled, span = plan.query.table[..., 3], plan.query.table[..., 4], plan.key.table[..., 3]
+    # Keys of a pad span are as good as padding; queries of one see nothing, which a block with others cannot say.
+    exists = plan.query.order >= 0
     found = [_uniform(x, side, x_exists) for x, side, x_exists in (
-        (whole, plan.query, whole | ruled), (ruled, plan.query, whole | ruled), (span, plan.key, span),
+        (whole, plan.query, exists), (ruled, plan.query, exists), (span, plan.key, span != 0),
     )]  # fmt: skip
     return None if any(x is None for x in found) else found[2]
 
@@ -98,7 +100,7 @@ def _spans_of_blocks(plan: BlockPlan) -> torch.Tensor | None:
 def _uniform(values: torch.Tensor, side: Side, exists: torch.Tensor) -> torch.Tensor | None:
     """The value that all tokens of a block share, int32 `[blocks]`; None if any block has several."""
     blocks = values.unflatten(1, (side.blocks, side.block))
-    padding = exists.unflatten(1, (side.blocks, side.block)) == 0
+    padding = ~exists.unflatten(1, (side.blocks, side.block))
     low = blocks.masked_fill(padding, torch.iinfo(values.dtype).max).amin((0, 2))
     high = blocks.masked_fill(padding, 0).amax((0, 2))
     empty = padding.all(0).all(1)

@@ -70,8 +70,10 @@ class Span:
     def __post_init__(self):
         if self.kind not in SPAN_KINDS:
             raise InvalidInputError(f"span kind is {self.kind!r}; allowed are {', '.join(SPAN_KINDS)}.")
-        if self.tokens < 1:
-            raise InvalidInputError(f"a {self.kind} span has {self.tokens} tokens; leave empty spans out.")
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+            raise InvalidInputError(
+                f"a {self.kind} span has {self.tokens!r} tokens; give a whole number, and leave empty spans out."
+            )
         if self.kind == "grid" and self.grid is None:
             raise InvalidInputError("a grid span needs its grid.")
         if self.grid is not None and self.grid.tokens != self.tokens:

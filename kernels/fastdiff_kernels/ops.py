@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import InvalidInputError
+from .errors import InvalidInputError, UnsupportedError
 from .plan import plan_of
 from .portable import portable, portable_backward
 from .tuning import hopper_kernel
@@ -27,14 +27,21 @@ def block_sparse(
     check_call(q, k, v, plan, key_mask)
     plan = plan.to(q.device)
     forward = _triton_forward if backend == "triton" else portable
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(q):
+    # Triton launches on the current device, which need not be that of the tensors. The dtype of the tensors says how
+    # exact a call is: autocast has no say.
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         out, lse = forward(q, k, v, plan, scale, key_mask, return_lse)
     lse = lse.to(torch.float32) if return_lse else q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), lse
 
 
 def _triton_forward(q, k, v, plan, scale, key_mask, return_lse):
+    blocks = plan.query.block, plan.key.block
+    if any(block < 16 or block & (block - 1) for block in blocks):
+        raise UnsupportedError(
+            f"backend 'triton' got a plan with blocks of {blocks[0]} queries and {blocks[1]} keys; it takes powers of "
+            "two from 16. Use backend='torch' for others."
+        )
     hopper = hopper_kernel(q.device)
     if hopper is not None and hopper.fits(q, plan, scale):
         forward = hopper.forward
@@ -57,22 +64,27 @@ def block_sparse_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse: torch.Tensor,
     handle: torch.Tensor,
     key_mask: torch.Tensor | None,
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; `lse` is empty where the forward call returned none."""
+    """Gradients of q, k and v; backend triton starts from `out` and `lse`, torch takes neither."""
     plan = plan_of(handle).to(q.device)
-    if backend == "triton":
-        from .block_sparse_backward import backward
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
+        if backend == "triton":
+            from .block_sparse_backward import backward
 
-        with torch.cuda.device_of(q):
+            if lse.dim() != 3:
+                raise UnsupportedError(
+                    "backend 'triton' was asked for gradients after a forward call that kept no log-sum-exp, as under "
+                    "torch.func.vmap; call attention with return_lse=True, or use backend='torch'."
+                )
             grads = backward(grad, grad_lse, q, k, v, out, lse, plan, scale, key_mask)
-    else:
-        grads = portable_backward(grad, grad_lse, q, k, v, plan, scale, key_mask)
+        else:
+            grads = portable_backward(grad, grad_lse, q, k, v, plan, scale, key_mask)
     return tuple(x.contiguous() for x in grads)
 
 
@@ -83,7 +95,8 @@ def _(grad, grad_lse, q, k, v, out, lse, handle, key_mask, scale, backend):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, handle, key_mask, scale, return_lse, backend = inputs
-    ctx.save_for_backward(q, k, v, *output, handle, key_mask)
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out if backend == "triton" else None, lse, handle, key_mask)
     ctx.scale, ctx.return_lse, ctx.backend = scale, return_lse, backend
 
 
@@ -106,9 +119,11 @@ def check_call(q, k, v, plan, key_mask) -> None:
             raise InvalidInputError(
                 f"{name} is {x.dtype} on {x.device} and q is {q.dtype} on {q.device}; give all three alike."
             )
-    if not q.dtype.is_floating_point:
-        raise InvalidInputError(f"q, k and v are {q.dtype}; give floating-point tensors.")
+    if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
+        raise InvalidInputError(f"q, k and v are {q.dtype}; give floating-point tensors of 16 bits at least.")
     batch, tokens, heads, dim = q.shape
+    if heads < 1 or dim < 1:
+        raise InvalidInputError(f"q has {heads} heads of {dim}; give 1 at least of both.")
     if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, dim):
         raise InvalidInputError(
             f"q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}; batch, heads and head_dim must be "
@@ -121,8 +136,10 @@ def check_call(q, k, v, plan, key_mask) -> None:
         )
     if plan.heads not in (None, heads):
         raise InvalidInputError(f"q has {heads} heads; this plan has lists for {plan.heads}.")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, k.shape[1])):
+    if key_mask is None:
+        return
+    if key_mask.dtype != torch.bool or key_mask.shape != (batch, k.shape[1]) or key_mask.device != k.device:
         raise InvalidInputError(
-            f"key_mask is {key_mask.dtype} {list(key_mask.shape)}; give bool [{batch}, {k.shape[1]}], True where a "
-            "key exists."
+            f"key_mask is {key_mask.dtype} {list(key_mask.shape)} on {key_mask.device}; give bool "
+            f"[{batch}, {k.shape[1]}] on {k.device}, True where a key exists."
         )

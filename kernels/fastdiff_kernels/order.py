@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from .errors import InvalidInputError
 from .layout import Grid, Span
 
 GridOrder = Callable[[Grid, int], tuple[torch.Tensor, torch.Tensor]]
@@ -109,7 +110,12 @@ class Side:
             bits: Columns 3 and 4 of the table for each span, int32 `[spans, 2]`.
             grid_order: Order of the tokens of spans that lie on a grid; the others keep theirs.
             aligned: Pad every span to whole blocks, not only the end, so that no block holds two spans.
+
+        Raises:
+            InvalidInputError: If the block size is below 1.
         """
+        if block < 1:
+            raise InvalidInputError(f"blocks of {block} tokens were asked for; give 1 at least.")
         orders, tables, start = [], [], 0
         for span, span_bits in zip(spans, bits, strict=True):
             if span.grid is None:
@@ -171,8 +177,8 @@ class Side:
         return ((group * self.blocks + piece) * len(sizes) + first).argsort(stable=True)
 
     def padded_blocks(self) -> torch.Tensor:
-        """Which blocks hold padding, bool `[1 or heads, blocks]`."""
-        return (self.order < 0).unflatten(1, (self.blocks, self.block)).any(-1)
+        """Which key blocks hold padding or tokens of a pad span, bool `[1 or heads, blocks]`."""
+        return (self.table[..., 3] == 0).unflatten(1, (self.blocks, self.block)).any(-1)
 
 
 def _pad(order: torch.Tensor, table: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import weakref
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -15,11 +16,12 @@ from .kernel_rule import KernelRule, kernel_rule
 from .layout import TokenLayout
 from .order import GridOrder, Side, natural_order
 from .refine import really_touched
-from .rule import Rule, RuleKind, classify, pairs_visible
+from .rule import Rule, RuleKind, check_reach, classify, pairs_visible
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
-_numbers = itertools.count(1)
+# From a place of this process's own: a compiled program that was saved must not find another plan in the next one.
+_numbers = itertools.count(secrets.randbits(62))
 _plans: weakref.WeakValueDictionary[int, BlockPlan] = weakref.WeakValueDictionary()
 
 
@@ -86,8 +88,12 @@ class BlockPlan:
             rule: The rule where the layout says `"rule"`.
             block_q, block_k: Slots in a query and in a key block.
             grid_order: Order of the tokens of a grid span; text keeps its own.
+
+        Raises:
+            InvalidInputError: If a block size is below 1, or tokens lie farther apart than a METRIC rule knows.
         """
         query, key = arrange_sides(layout, (block_q, block_k), grid_order)
+        check_reach(rule, query.boxes(), key.boxes())
         touched, whole = classify(rule, query.boxes(), key.boxes())
         if torch.equal(touched, whole):
             # Blocks decide alone; a kernel then need not evaluate the rule where a block is partial by padding.
@@ -112,7 +118,7 @@ class BlockPlan:
         Args:
             query, key: The two sides.
             state: Integers `[1 or heads, query blocks, key blocks]`. Full key blocks with padding become partial,
-                partial ones of spans that do not see each other empty.
+                blocks of spans that do not see each other empty.
             rule: The rule of the partial blocks.
             bits: For a BITS rule the bitmap of every pair of blocks, int32, of the shape of `state`.
         """
@@ -120,9 +126,9 @@ class BlockPlan:
             raise InvalidInputError(
                 f"state has the shape {list(state.shape)}; this plan needs [lists, {query.blocks}, {key.blocks}]."
             )
-        padded = key.padded_blocks()[:, None, :]
-        partial = ((state == PARTIAL) | ((state == FULL) & padded)) & _may_see(query, key)
-        full = (state == FULL) & ~padded
+        padded, seen = key.padded_blocks()[:, None, :], _may_see(query, key)
+        partial = ((state == PARTIAL) | ((state == FULL) & padded)) & seen
+        full = (state == FULL) & ~padded & seen
         extra = {}
         if rule.kind == RuleKind.BITS:
             if bits is None:
@@ -211,7 +217,7 @@ class BlockPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors, with what has been derived from them so far."""
+        """Bytes of all its tensors, with what kernels have derived from them; not the torch backend's masks."""
         lists = [self.full, self.partial]
         tensors = [self.query.order, self.query.table, self.key.order, self.key.table, self.rule.parameters]
         order, columns, rule = (self.__dict__.get(name) for name in ("launch_order", "transposed", "kernel_rule"))

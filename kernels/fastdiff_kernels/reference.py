@@ -36,14 +36,16 @@ def reference(
         the natural log-sum-exp `[batch, heads, query tokens]`, -inf for those.
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(exact), k.to(exact)) * scale
     mask = dense_mask(plan)[None]
     if key_mask is not None:
         mask = mask & key_mask[:, None, None, :]
     seen = mask.any(-1, keepdim=True)
-    # Empty rows keep finite scores, since a row of -inf has no gradient; they are zeroed below.
-    scores = scores.masked_fill(~mask & seen, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = (scores - lse[..., None]).exp() * seen
-    out = torch.einsum("bhqk,bkhd->bqhd", weights, v.to(exact))
+    # Autocast would compute the products in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.to(exact), k.to(exact)) * scale
+        # Empty rows keep finite scores, since a row of -inf has no gradient; they are zeroed below.
+        scores = scores.masked_fill(~mask & seen, float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1)
+        weights = (scores - lse[..., None]).exp() * seen
+        out = torch.einsum("bhqk,bkhd->bqhd", weights, v.to(exact))
     return out.to(q.dtype), lse.masked_fill(~seen[..., 0], float("-inf"))

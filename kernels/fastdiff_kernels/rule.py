@@ -51,22 +51,50 @@ class Rule:
 
     @classmethod
     def metric(cls, limits: torch.Tensor, *, a: int = 1, b: int = 1, sink_frames: int = 0) -> Rule:
-        """`limits[d]` bounds the squared distance between frames d apart; -1 computes nothing at that distance."""
+        """`limits[d]` bounds the squared distance between frames d apart; -1 computes nothing at that distance.
+
+        Raises:
+            InvalidInputError: If there are no limits, or numbers beyond int32.
+        """
+        numbers = [a, b, sink_frames, *limits.flatten().tolist()]
+        if limits.dim() != 1 or not len(limits) or not all(-(2**31) <= number < 2**31 for number in numbers):
+            raise InvalidInputError(
+                f"a METRIC rule got limits of the shape {list(limits.shape)}, a {a}, b {b}, {sink_frames} sink frames; "
+                "give one limit at least, and numbers that fit int32."
+            )
         header = torch.tensor([a, b, sink_frames, len(limits)], dtype=torch.int32)
         return cls(RuleKind.METRIC, torch.cat([header, limits.to(torch.int32).cpu()]))
 
     @classmethod
     def box(cls, first: tuple[torch.Tensor, ...], last: tuple[torch.Tensor, ...]) -> Rule:
-        """For each axis (t, y, x) the first and the last key coordinate of every query coordinate, both inclusive."""
+        """For each axis (t, y, x) the first and the last key coordinate of every query coordinate, both inclusive.
+
+        Raises:
+            InvalidInputError: If tables do not belong together, or decrease along an axis.
+        """
         if len(first) != 3 or len(last) != 3 or any(len(f) != len(z) for f, z in zip(first, last, strict=True)):
             raise InvalidInputError("a box rule needs first and last of equal length for each of the axes t, y, x.")
+        for axis, tables in zip("tyx", zip(first, last, strict=True), strict=True):
+            if any(bool((table.diff() < 0).any()) for table in tables):
+                raise InvalidInputError(
+                    f"a box rule's first and last must not decrease along an axis; on {axis} they are "
+                    f"{tables[0].tolist()[:8]} and {tables[1].tolist()[:8]}."
+                )
         header = torch.tensor([len(f) for f in first], dtype=torch.int32)
         tables = [table.to(torch.int32).cpu() for pair in zip(first, last, strict=True) for table in pair]
         return cls(RuleKind.BOX, torch.cat([header, *tables]))
 
     @classmethod
     def bits(cls, query_side: int, key_side: int, columns: int) -> Rule:
-        """Sub-blocks of `query_side` x `key_side` slots, `columns` of them across a block, bit 0 first."""
+        """Sub-blocks of `query_side` x `key_side` slots, `columns` of them across a block, bit 0 first.
+
+        Raises:
+            InvalidInputError: If a number is below 1.
+        """
+        if min(query_side, key_side, columns) < 1:
+            raise InvalidInputError(
+                f"a BITS rule got sub-blocks of {query_side} x {key_side}, {columns} across; give 1 at least for each."
+            )
         return cls(RuleKind.BITS, torch.tensor([query_side, key_side, columns], dtype=torch.int32))
 
     def to(self, device) -> Rule:
@@ -117,6 +145,35 @@ def _metric_holds(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> torch.T
     dt, dy, dx = (query[..., :, None, axis] - key[..., None, :, axis] for axis in range(3))
     near = a * dy * dy + b * dx * dx < rule.limits()[dt.abs().long()]
     return near | (key[..., None, :, 0] < sink_frames)
+
+
+def check_reach(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Checks that a METRIC rule has a limit for all distances in time, and that its squares stay within int32.
+
+    Args:
+        rule: Any rule.
+        query, key: Bounding boxes as in `classify`.
+
+    Raises:
+        InvalidInputError: If not.
+    """
+    if rule.kind != RuleKind.METRIC:
+        return
+    # Blocks without a token have a lowest place above their highest.
+    boxes = torch.cat([query, key])
+    boxes = boxes[(boxes[:, 0] <= boxes[:, 1]).all(1)]
+    frames, height, width = boxes[:, 1].amax(0).tolist()
+    if frames >= len(rule.limits()):
+        raise InvalidInputError(
+            f"tokens lie up to {frames} frames apart, a reference's included, and the rule has limits for distances "
+            f"below {len(rule.limits())}. Lay references out on the frames of the grid, or give more limits."
+        )
+    a, b = rule.parameters[:2].tolist()
+    if abs(a) * height**2 + abs(b) * width**2 >= 2**31:
+        raise InvalidInputError(
+            f"places lie up to {height} and {width} apart, and the rule weights their squares by {a} and {b}: that is "
+            "more than int32 holds. Use smaller weights or grids."
+        )
 
 
 def classify(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
