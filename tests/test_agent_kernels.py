@@ -260,11 +260,12 @@ def test_calls_that_do_not_fit_are_refused():
         ({"q": q[:, 1:]}, "q has 104 tokens"),
         ({"shortcut": v[:, 1:]}, "shortcut is"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"plan": layout}, "give an AgentPlan"),
         ({"bias": AgentBias(q[0, :2], q[0, :2], q[0])}, "bias.first"),
     ):
-        call = {"q": q, "k": k, "v": v, "agents": agents, **more}
+        call = {"q": q, "k": k, "v": v, "agents": agents, "plan": plan, **more}
         with pytest.raises(InvalidInputError, match=message):
-            agent_attention(plan=plan, **call)
+            agent_attention(**call)
     for backend in ("triton", "flex", "fa4"):
         with pytest.raises(UnsupportedError, match=f"'{backend}' has no kernel for agent"):
             agent_attention(q, k, v, agents, plan, backend=backend)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from plans import metric_plan
 
-from fastdiff_kernels import Grid, InvalidInputError, attention
+from fastdiff_kernels import Grid, InvalidInputError, UnsupportedError, attention
 from fastdiff_kernels.ops import block_sparse, block_sparse_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +79,27 @@ def test_compiled_gradients():
     torch.compile(loss, backend="aot_eager", fullgraph=True)(*compiled).backward()
     for ours, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_gradients_of_a_plan_that_its_maker_dropped():
+    tensors = inputs(metric_plan(Grid(2, 3, 5)), requires_grad=True)
+    kept = metric_plan(Grid(2, 3, 5))
+    (want,) = torch.autograd.grad(attention(*tensors, kept).sum(), tensors[:1])
+    out = attention(*tensors, metric_plan(Grid(2, 3, 5)))
+    (found,) = torch.autograd.grad(out.sum(), tensors[:1])
+    assert torch.equal(found, want)
+
+
+def test_second_derivatives_are_refused_but_by_the_reference():
+    plan = metric_plan(Grid(2, 3, 5))
+    q, k, v = inputs(plan, requires_grad=True)
+    for backend in ("torch", "reference"):
+        (grad,) = torch.autograd.grad((attention(q, k, v, plan, backend=backend) ** 2).sum(), q, create_graph=True)
+        if backend == "reference":
+            assert torch.autograd.grad(grad.sum(), q)[0].norm() > 0
+        else:
+            with pytest.raises(UnsupportedError, match="second derivatives"):
+                grad.sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -92,6 +92,8 @@ def agent_attention(
         UnsupportedError: If the backend has no kernel for it: `"triton"`, `"flex"` and `"fa4"`.
     """
     if not torch.compiler.is_compiling():
+        if not isinstance(plan, AgentPlan):
+            raise InvalidInputError(f"plan is of type {type(plan).__name__}; give an AgentPlan.")
         check_call(q, k, v, plan, key_mask)
         _check_agents(q, agents, plan, shortcut, bias)
     chosen = agent_backend(backend)

@@ -98,6 +98,8 @@ def _setup_context(ctx, inputs, output):
     out, lse = output
     ctx.save_for_backward(q, k, v, out if backend == "triton" else None, lse, handle, key_mask)
     ctx.scale, ctx.return_lse, ctx.backend = scale, return_lse, backend
+    # Whoever made the plan may have dropped it when gradients are asked for. While a graph is traced there is none.
+    ctx.plan = plan_of(handle) if type(handle) is torch.Tensor else None
 
 
 def _backward(ctx, grad, grad_lse):
@@ -108,6 +110,13 @@ def _backward(ctx, grad, grad_lse):
 
 
 block_sparse.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _second_derivatives(ctx, *grads):
+    raise UnsupportedError("second derivatives are not implemented by backends 'triton' and 'torch'; use 'reference'.")
+
+
+block_sparse_backward.register_autograd(_second_derivatives)
 
 
 def check_call(q, k, v, plan, key_mask) -> None:
