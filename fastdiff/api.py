@@ -116,6 +116,9 @@ def apply(
 def remove(pipe_or_model: T) -> T:
     """Undoes `apply`, bit for bit: the original processor objects stand where they stood. Without effect otherwise.
 
+    Processors of ours that somebody has set again since, as code that swaps processors for a call and puts back what it
+    found, become stock ones.
+
     Args:
         pipe_or_model: What `apply` was given, or any pipeline or model that holds the same transformers.
 
@@ -125,13 +128,16 @@ def remove(pipe_or_model: T) -> T:
     Raises:
         InvalidInputError: If this is neither a model nor a pipeline with a transformer.
     """
-    from fastdiff_patches import attachment, locate, marker
+    from fastdiff_patches import attachment, locate, marker, seam
 
     for model in locate.transformers(pipe_or_model).values():
         marker.unmark(model)
         attached = attachment.find(model)
         if attached is not None:
             attached.remove()
+        for module in model.modules():
+            if seam.adopted(getattr(module, "processor", None)):
+                module.processor = seam.stock(module.processor)
     return pipe_or_model
 
 
@@ -147,7 +153,8 @@ def summary(pipe_or_model: Any, grid: Grid | str | None = None, steps: int | Non
         steps: Number of denoising steps for the mean over steps; by default that of the last run.
 
     Raises:
-        InvalidInputError: If the grid is no grid, or this is neither a model nor a pipeline with a transformer.
+        InvalidInputError: If the grid is no grid, steps no number of steps, or this is neither a model nor a pipeline
+            with a transformer; or if a calibration cannot be read any more.
     """
     from fastdiff_patches import attachment, locate
 
@@ -155,6 +162,10 @@ def summary(pipe_or_model: Any, grid: Grid | str | None = None, steps: int | Non
 
     if isinstance(grid, str):
         grid = Grid.parse(grid)
+    if not isinstance(grid, Grid | None):
+        raise InvalidInputError(f"grid is {grid!r}; give a Grid, or text such as '21x45x80'.")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise InvalidInputError(f"steps is {steps!r}; give a whole number from 1.")
     models = locate.transformers(pipe_or_model)
     return summarize({name: (model, attachment.find(model)) for name, model in models.items()}, grid, steps)
 
@@ -253,8 +264,8 @@ def _shared(pipe: Any | None, model: nn.Module, settings: Settings) -> bool:
     attached = attachment.find(model)
     if pipe is None or attached is None:
         return False
-    others = attached.steps.pipes()
-    if not others or any(other is pipe for other in others):
+    others = [other for other in attached.steps.pipes() if other is not pipe]
+    if not others:
         return False
     if attached.settings == settings:
         return True

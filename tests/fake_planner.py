@@ -33,6 +33,7 @@ class FakePlanner:
 
     window: int | None = 4
     needs: frozenset[str] = frozenset()
+    uses_steps: bool = False
     sparse: Callable[[int, int | None], bool] | None = None
     merge: float = 0.0
     keep_extras: bool = True

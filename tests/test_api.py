@@ -1,12 +1,15 @@
 """apply, remove and summary with the real radial method on tiny Wan pipelines."""
 
 import concurrent.futures
+import copy
 import gc
 import json
 import logging
+import pickle
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny_models import forward, model_inputs, tiny_wan, tiny_wan_pipeline, video
 
 import fastdiff
@@ -129,10 +132,70 @@ def test_pipelines_that_share_a_model_share_a_config(pipe):
         fastdiff.apply(other, WIDE)
     fastdiff.apply(other, NARROW)
     assert find(pipe.transformer).steps.pipes() == [pipe, other]
-    fastdiff.apply(other, NARROW, dense_steps=1)
+    fastdiff.apply(other, NARROW)
     assert torch.equal(video(pipe), video(other))
+    for one in (pipe, other):
+        with pytest.raises(InvalidInputError, match="fastdiff.remove first"):
+            fastdiff.apply(one, NARROW, dense_steps=1)
     fastdiff.remove(other)
     assert find(pipe.transformer) is None
+
+
+def test_a_model_copied_alone_is_no_longer_the_pipelines(pipe):
+    fastdiff.apply(pipe, NARROW)
+    parts = pipe.components | {"transformer": copy.deepcopy(pipe.transformer), "scheduler": copy.copy(pipe.scheduler)}
+    other = fastdiff.apply(type(pipe)(**parts), WIDE, dense_steps=1)
+    assert find(pipe.transformer).settings.config == NARROW
+    assert not torch.equal(video(other), video(pipe))
+
+
+def test_processors_that_were_put_back_are_undone_too(pipe):
+    dense = video(pipe)
+    fastdiff.apply(pipe, NARROW)
+    found = dict(pipe.transformer.attn_processors)
+    pipe.transformer.set_attn_processor(WanAttnProcessor())
+    assert torch.equal(video(pipe), dense)
+    pipe.transformer.set_attn_processor(found)
+    with pytest.raises(InvalidInputError, match="call fastdiff.apply"):
+        video(pipe)
+    fastdiff.remove(pipe)
+    assert torch.equal(video(pipe), dense)
+    assert {type(one) for one in pipe.transformer.attn_processors.values()} == {WanAttnProcessor}
+
+
+def test_a_run_without_a_sparse_step_says_so(pipe, caplog):
+    fastdiff.apply(pipe, NARROW, dense_steps=3)
+    with caplog.at_level(logging.WARNING, logger="fastdiff"):
+        video(pipe, steps=4)
+        assert "stay dense" not in caplog.text
+        video(pipe, steps=3)
+        video(pipe, steps=3)
+    assert caplog.text.count("all 3 steps of this run stay dense in WanTransformer3DModel") == 1
+
+
+def test_methods_that_change_with_the_step_say_where_it_is_unknown(pipe, caplog):
+    fastdiff.apply(pipe, fastdiff.RulesConfig([fastdiff.Rule(NARROW, steps=(0.5, 1.0))]))
+    twin = pickle.loads(pickle.dumps(pipe))
+    with caplog.at_level(logging.WARNING, logger="fastdiff"):
+        video(pipe)
+        assert "outside a denoising run" not in caplog.text
+        video(twin)
+    assert "outside a denoising run" in caplog.text
+
+
+def test_what_is_learned_can_be_trained_whatever_mode_it_was_applied_in(model):
+    with torch.inference_mode():
+        fastdiff.apply(model, fastdiff.ClearConfig(2, pool_factor=2))
+    out = model(**model_inputs(frames=3, height=12, width=20))[0]
+    out.sum().backward()
+    assert find(model).layers[0].parameters.weight.grad is not None
+
+
+@pytest.mark.parametrize("given", [{"grid": 5}, {"grid": (3, 8, 8)}, {"steps": 0}, {"steps": 1.5}, {"steps": True}])
+def test_summary_refuses_what_is_no_grid_and_no_number_of_steps(pipe, given):
+    (name,) = given
+    with pytest.raises(InvalidInputError, match=f"{name} is"):
+        fastdiff.summary(fastdiff.apply(pipe, NARROW), **given)
 
 
 def test_after_the_first_pipeline_is_gone_another_may_apply():

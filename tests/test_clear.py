@@ -189,6 +189,14 @@ def test_small_grids_take_small_blocks():
     assert ClearConfig(8, block_size=32).block_for(Grid(1, 256, 256)) == 32
 
 
+@pytest.mark.parametrize("radius", [(1, 3, 2.2), (1.5, 3, 2.2), (1, 4, 1.1)], ids=str)
+def test_keys_on_the_border_are_not_seen(radius):
+    plan = ClearConfig(radius, block_size=32).build_plan(TokenLayout.self_attention(Grid(1, 9, 9)))
+    seen = plan.visible_keys(4 * 9 + 4).view(9, 9)
+    assert not seen[4 - radius[1], 4]
+    assert seen[5 - radius[1], 4]
+
+
 def test_unlike_radii_are_whole_numbers_in_the_rule():
     rule = ClearConfig((2, 3.5, 5.25)).rule(Grid(4, 20, 20))
     assert rule.parameters.tolist() == [9, 4, 0, 4, 111, 83, -1, -1]

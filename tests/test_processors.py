@@ -151,6 +151,13 @@ class TestMarker:
         forward(other)
         assert find(other) is not None
 
+    @pytest.mark.parametrize("attention", ["attn1", "attn2"])
+    def test_it_stands_for_no_single_module(self, model, attention):
+        getattr(model.blocks[0], attention).set_processor(fastdiff.RadialAttnProcessor(NARROW))
+        with pytest.raises(InvalidInputError, match=r"of the 2 self-attention modules"):
+            forward(model)
+        assert find(model) is None
+
     def test_apply_after_the_marker_and_the_marker_after_apply(self, model):
         fastdiff.apply(model, NARROW)
         narrow = forward(model)

@@ -167,6 +167,13 @@ def test_discs_hold_as_many_pairs_as_bands():
         assert int((squares < limit - 1).sum()) < band or limit == 1
 
 
+def test_a_long_thin_frame_takes_no_memory_of_its_squares():
+    limits = disc_limits(Grid(2, 1, 40_000), torch.tensor([40_000, 20_000]))
+    assert limits.tolist() == [39_999**2 + 1, 19_999**2 + 1]
+    with pytest.raises(InvalidInputError, match="46340 tokens at most"):
+        RadialConfig().build_plan(TokenLayout.self_attention(Grid(1, 1, 100_000)))
+
+
 def test_width_does_not_jump_where_a_frame_passes_a_power_of_two():
     widths = [RadialConfig(decay_factor=0.5).widths(Grid(8, 1, tokens))[4].item() for tokens in (2047, 2048, 2049)]
     assert max(widths) - min(widths) <= 1

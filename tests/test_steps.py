@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from fake_planner import FakePlanner
 from tiny_models import call_arguments, model_inputs, tiny_scheduler, tiny_wan_pipeline
 
@@ -113,6 +113,30 @@ def test_schedulers_without_an_index_are_read_by_the_timestep(shape):
     read = [reader.read(timestep.expand(shape))[0] for timestep in pipe.scheduler.timesteps]
     assert read == [0, 1, 2, 3, 4]
     assert reader.read(None) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16], ids=str)
+def test_timesteps_that_are_not_listed_are_training(dtype):
+    pipe = Pipe(DDIMScheduler())
+    reader = StepReader([pipe])
+    pipe.scheduler.set_timesteps(4)
+    listed = pipe.scheduler.timesteps.to(dtype)
+    assert [reader.read(timestep)[0] for timestep in listed] == [0, 1, 2, 3]
+    for timestep in (3, 510, 990):
+        assert reader.read(torch.tensor([timestep, timestep], dtype=dtype)) == (None, None)
+
+
+def test_a_timestep_that_comes_twice_is_counted():
+    pipe = Pipe(PNDMScheduler(skip_prk_steps=True))
+    reader, sample = StepReader([pipe]), torch.zeros(1, 2)
+    pipe.scheduler.set_timesteps(4)
+    timesteps = pipe.scheduler.timesteps
+    assert len(set(timesteps.tolist())) < len(timesteps) == 5
+    read = []
+    for timestep in timesteps:
+        read.append(reader.read(timestep)[0])
+        pipe.scheduler.step(sample, timestep, sample)
+    assert read == [0, 1, 2, 3, 4]
 
 
 def test_second_order_schedulers_count_their_half_steps():

@@ -140,10 +140,12 @@ def _simulation(options: dict[str, Any], settings: Any, grid: Grid) -> dict[str,
 
 def _check_memory(grid: Grid, text: int, method: str, settings: Any) -> None:
     from fastdiff.methods import METHODS
+    from fastdiff.methods.base import block_on
 
     from .memory import check_memory
 
     block = getattr(settings or METHODS[method], "block_size", None)
+    block = block and block_on(grid, block)
     what, reduce = f"{grid.tokens + text} tokens", "--grid or --text"
     if block is None:
         # Measured while building: cells, their order and what it is made from.

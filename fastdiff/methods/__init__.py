@@ -74,7 +74,7 @@ def _read_json(source: str | Path) -> dict:
             raise InvalidInputError(f"{where} cannot be read ({error}); give JSON text or a JSON file.") from error
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{where} is no valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise InvalidInputError(f'{where} must be a JSON object, such as {{"method": "radial"}}.')

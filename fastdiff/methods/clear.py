@@ -126,7 +126,8 @@ class ClearConfig(MethodConfig):
             InvalidInputError: If the ratio of the radii is too odd for the grid.
         """
         one = not isinstance(self.radius, tuple)
-        rt, ry, rx = (Fraction(r) for r in ((self.radius,) * 3 if one else self.radius))
+        # As written: the binary number next to 2.2 is above it, and a key on the border would be within.
+        rt, ry, rx = (Fraction(str(r)) for r in ((self.radius,) * 3 if one else self.radius))
         # dy^2/ry^2 + dx^2/rx^2 < c, times (q rx)^2 with p/q = rx/ry: p^2 dy^2 + q^2 dx^2 < c (q rx)^2.
         ratio = (rx / ry).limit_denominator(_RATIO) if rx >= ry else 1 / (ry / rx).limit_denominator(_RATIO)
         a, b = ratio.numerator**2, ratio.denominator**2

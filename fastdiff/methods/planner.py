@@ -56,6 +56,11 @@ class Planner:
     def __reduce__(self):
         return type(self), (self.config,)
 
+    @property
+    def uses_steps(self) -> bool:
+        """Whether any plan depends on the step."""
+        return self.config.uses_steps
+
     def check_model(self, model: torch.nn.Module, layers: list[str]) -> None:
         """Raises if the method is not for this model; here it is for all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from .radial_reference import reference_plan
 
 MODES = ("tiled", "raster", "reference")
 
-# The METRIC rule squares raster distances in int32.
+# The METRIC rule squares distances in int32.
 _RASTER_LIMIT = 46_340
 
 # In such steps for_density solves its settings.
@@ -75,7 +76,7 @@ class RadialConfig(MethodConfig):
         """The plan for one layout, on the CPU.
 
         Raises:
-            InvalidInputError: If a frame has too many tokens for `raster`.
+            InvalidInputError: If a frame has too many tokens for `raster`, or is too long for `tiled`.
             UnsupportedError: If `reference` meets text before the video.
         """
         grid = layout.grid
@@ -87,6 +88,11 @@ class RadialConfig(MethodConfig):
             raise InvalidInputError(
                 f"frames of {grid.height}x{grid.width} have {grid.frame_tokens} tokens; mode 'raster' takes "
                 f"{_RASTER_LIMIT} at most. Use mode 'tiled'."
+            )
+        if tiled and math.hypot(grid.height, grid.width) > _RASTER_LIMIT:
+            raise InvalidInputError(
+                f"frames of {grid.height}x{grid.width} are too long: mode 'tiled' takes a diagonal of {_RASTER_LIMIT} "
+                "tokens at most. Use mode 'reference'."
             )
         widths = self.widths(grid)
         limits = disc_limits(grid, widths) if tiled else torch.where(widths < 0, -1, widths * widths)
@@ -158,8 +164,10 @@ def disc_limits(grid: Grid, widths: torch.Tensor) -> torch.Tensor:
     pairs_y = (grid.height - dy) * torch.where(dy > 0, 2, 1)
     pairs_x = (grid.width - dx) * torch.where(dx > 0, 2, 1)
     squares = (dy[:, None] ** 2 + dx[None] ** 2).flatten()
-    within = torch.bincount(squares, weights=(pairs_y[:, None] * pairs_x[None]).flatten().double()).cumsum(0)
+    squares, place = squares.unique(return_inverse=True)
+    pairs = (pairs_y[:, None] * pairs_x[None]).flatten().double()
+    within = torch.zeros(len(squares), dtype=torch.float64).index_add_(0, place, pairs).cumsum(0)
     reach = widths - 1
     band = grid.frame_tokens * (2 * reach + 1) - reach * (reach + 1)
-    limits = torch.searchsorted(within, band.double()) + 1
+    limits = squares[torch.searchsorted(within, band.double()).clamp(max=len(squares) - 1)] + 1
     return torch.where(widths < 0, -1, limits).to(torch.int32)

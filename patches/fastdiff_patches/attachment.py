@@ -182,8 +182,11 @@ class Attachment:
         layout = self.family.layout(getattr(model, "config", None), inputs)
         self._check_lengths(layout)
         step, steps = self.steps.read(inputs.get("timestep"))
-        self.steps_seen = steps or self.steps_seen
-        if step is None and self.schedule.uses_steps and not torch.is_grad_enabled():
+        if steps is not None and steps != self.steps_seen:
+            self.steps_seen = steps
+            self._warn_of_no_sparse_step(model, steps)
+        uses_steps = self.schedule.uses_steps or self.planner.uses_steps
+        if step is None and uses_steps and not torch.is_grad_enabled():
             self._warn_of_no_step(model)
         places = self.seen[layout] = self.seen.pop(layout, None) or self.places(getattr(model, "config", None), layout)
         if len(self.seen) > _SEEN_LIMIT:
@@ -247,9 +250,21 @@ class Attachment:
         if not self._warned:
             self._warned = True
             _logger.warning(
-                "%s runs outside a denoising run of the pipelines that it was patched for, so the steps that are to "
-                "stay dense are not known. If another pipeline runs it, call fastdiff.apply on that one too.",
+                "%s runs outside a denoising run of the pipelines that it was patched for, so what depends on the step "
+                "does as it would in training. If another pipeline runs it, call fastdiff.apply on that one too.",
                 type(model).__name__,
+            )
+
+    def _warn_of_no_sparse_step(self, model: nn.Module, steps: int) -> None:
+        """Warns where a run begins whose steps all stay dense."""
+        layers = [binding.layer.index for binding in self.bindings if binding.placed]
+        dense = (self.schedule.is_dense(step, steps, layer, self.total) for step in range(steps) for layer in layers)
+        if self.schedule.uses_steps and layers and all(dense):
+            _logger.warning(
+                "all %d steps of this run stay dense in %s (%s); name fewer, or a share such as 0.25.",
+                steps,
+                type(model).__name__,
+                self.schedule,
             )
 
     def _draw_seed(self, latents: torch.Tensor, step: int | None) -> None:

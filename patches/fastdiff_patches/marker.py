@@ -22,6 +22,7 @@ from fastdiff_kernels import InvalidInputError
 from . import seam
 from .attachment import find
 from .families import find_family
+from .locate import self_attention
 
 _living: weakref.WeakSet[Marker] = weakref.WeakSet()
 _hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -129,6 +130,14 @@ def _attach(model: nn.Module) -> bool:
             "without the settings: load it first, or use fastdiff.apply."
         )
     marker = markers.pop()
+    modules = self_attention(model, find_family(model)).values()
+    missing = sum(module.processor is not marker for module in modules)
+    if missing:
+        raise InvalidInputError(
+            f"{type(marker).__name__} stands for a whole model, and {missing} of the {len(modules)} self-attention "
+            f"modules of this {type(model).__name__} have other processors; give it to model.set_attn_processor, or "
+            "keep layers dense with dense_layers=."
+        )
     with unmarked(model):
         marker.attach(model)
     return True

@@ -51,9 +51,11 @@ class Planner(Protocol):
     Attributes:
         needs: What the method must be given besides query, key and value, a subset of `NEEDS`; it comes in
             `Extras.inputs`. A family that cannot supply it refuses.
+        uses_steps: Whether any plan depends on the step.
     """
 
     needs: frozenset[str]
+    uses_steps: bool
 
     def check_model(self, model: torch.nn.Module, layers: list[str]) -> None:
         """Called once when attached, with the names of the self-attention modules: raises if this model is not fit."""

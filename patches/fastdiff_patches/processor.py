@@ -53,7 +53,9 @@ class Layer:
         self.index, self.name, self.heads, self.head_dim = index, name, heads, head_dim
         self.planner, self.backend, self.family = planner, backend, family
         self.needs = planner.needs
-        self.parameters = planner.parameters(layer=index, heads=heads, head_dim=head_dim)
+        # They are to be trained, whatever mode this runs in.
+        with torch.inference_mode(False):
+            self.parameters = planner.parameters(layer=index, heads=heads, head_dim=head_dim)
         self.plan: Plan | None = None
         self.seed: torch.Tensor | None = None
         self.block_input: torch.Tensor | None = None

@@ -219,15 +219,15 @@ def _adopted_class(cls: type) -> type:
 
 
 def _revive(cls: type, state: dict[str, Any]) -> Any:
-    adopted = _adopted_class(cls)
-    processor = adopted.__new__(adopted)
+    own = _adopted_class(cls)
+    processor = own.__new__(own)
     processor.__dict__.update(state)
     return processor
 
 
 def stock(processor: Any) -> Any:
     """The processor itself, or a stock copy of one that is adopted."""
-    if not hasattr(type(processor), _HANDLE):
+    if not adopted(processor):
         return processor
     copied = copy.copy(processor)
     copied.__class__ = type(processor).__mro__[1]
@@ -235,9 +235,14 @@ def stock(processor: Any) -> Any:
     return copied
 
 
+def adopted(processor: Any) -> bool:
+    """Whether a processor is of our class."""
+    return hasattr(type(processor), _HANDLE)
+
+
 def adoptable(processor: Any) -> bool:
     """Whether a processor makes an attention call that can be replaced."""
-    return hasattr(type(processor), _HANDLE) or _calls_attention(type(processor))
+    return adopted(processor) or _calls_attention(type(processor))
 
 
 def adopt(processor: Any, layer: Layer) -> Any:
@@ -246,9 +251,8 @@ def adopt(processor: Any, layer: Layer) -> Any:
     Raises:
         UnsupportedError: If the processor's class makes no attention call that can be replaced.
     """
-    adopted = _adopted_class(type(processor))
     copied = copy.copy(processor)
-    copied.__class__ = adopted
+    copied.__class__ = _adopted_class(type(processor))
     bind(copied, layer)
     return copied
 
@@ -261,7 +265,7 @@ def context_parallel(processor: Any) -> Any | None:
 
 def unbound(processor: Any) -> bool:
     """Whether a processor has our class and no layer: diffusers builds processors anew by `type(processor)()`."""
-    return hasattr(type(processor), _HANDLE) and getattr(processor, _HANDLE) is None
+    return adopted(processor) and getattr(processor, _HANDLE) is None
 
 
 def bind(processor: Any, layer: Layer) -> None:

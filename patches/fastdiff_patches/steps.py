@@ -27,10 +27,10 @@ class StepReader:
             self.add(pipe)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepReader:
-        # A copied pipeline's model reads the copy; a model copied alone goes on reading the pipeline it came from.
+        # A copied pipeline's model reads the copy. A model copied alone is no longer one of the pipeline's that it
+        # came from, and goes on reading the scheduler.
         copied = StepReader()
-        for pipe in self.pipes():
-            copied._pipes.append(weakref.ref(memo.get(id(pipe), pipe)))
+        copied._pipes = [weakref.ref(memo[id(pipe)]) for pipe in self.pipes() if id(pipe) in memo]
         copied._scheduler = memo.get(id(self._scheduler), self._scheduler)
         return copied
 
@@ -90,12 +90,14 @@ def _index(scheduler: Any, timestep: torch.Tensor | float | None) -> int | None:
     if timestep is None:
         return int(scheduler.begin_index or 0) if hasattr(scheduler, "step_index") else None
     # One timestep per frame or token: the reference frames of image-to-video stand at 0.
-    now = torch.as_tensor(timestep, dtype=torch.float32).max()
-    listed = torch.as_tensor(scheduler.timesteps, dtype=torch.float32)
-    away = (listed - now.to(listed.device)).abs()
+    now = torch.as_tensor(timestep).max()
+    # As the model is called: some pipelines hand timesteps over in half precision.
+    listed = torch.as_tensor(scheduler.timesteps).to(now.device, now.dtype)
+    places = (listed == now).nonzero().flatten().tolist()
     if hasattr(scheduler, "step_index"):
         # The first step of a run, or any where the pipeline steps copies of the scheduler (SkyReels-V2, diffusion
         # forcing). Some models are called with timesteps of another scale, which are none of those listed.
-        step, distance = int(away.argmin()), float(away.min())
-        return step if distance == 0 else int(scheduler.begin_index or 0)
-    return int(away.argmin())
+        return places[0] if places else int(scheduler.begin_index or 0)
+    # PNDM visits a timestep several times, and counts. A timestep that is not listed is none of a run, but training.
+    counted = getattr(scheduler, "counter", None)
+    return counted if counted in places else next(iter(places), None)
