@@ -99,6 +99,18 @@ class TestDict:
             fastdiff.processors(model, NARROW, dense_steps=1)
 
 
+def test_processors_of_another_model_are_refused_after_that_one_has_run(pipe):
+    other = tiny_wan_pipeline()
+    made = fastdiff.processors(pipe, NARROW)
+    pipe.transformer.set_attn_processor(dict(made))
+    expected = video(pipe)
+    other.transformer.set_attn_processor(dict(made))
+    with pytest.raises(InvalidInputError, match="made for a different model"):
+        video(other)
+    fastdiff.remove(other)
+    assert torch.equal(video(pipe), expected)
+
+
 class TestMarker:
     def test_the_global_hooks_live_as_long_as_a_marker(self):
         gc.collect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -201,6 +202,7 @@ class Attachment:
                 parallel = seam.context_parallel(binding.adopted)
                 if parallel is not None:
                     plan = share_of(plan, parallel, layer.heads)
+                layer.module = weakref.ref(binding.module)
                 layer.prepare(plan, self.seed, parts_of(place.layout))
         if self.tell is not None and any(layer.active for layer in self.layers):
             tell, self.tell = self.tell, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from .planner import Extras, Plan, Planner
 from .ulysses import Ulysses
 
 _logger = logging.getLogger("fastdiff")
+
+_STRANGER = (
+    "this attention processor belongs to no patched model, or to another one: it was removed, replaced, or made for a "
+    "different model. Set the processors that fastdiff.processors(...) made for this model, or call fastdiff.apply."
+)
 
 
 class Layer:
@@ -30,6 +36,7 @@ class Layer:
         index: Place among the model's self-attention modules.
         name: Name of the attention module.
         ready: Whether the pre-hook has prepared this layer for the running forward.
+        module: The attention module that it is for, held weakly; the pre-hook sets it.
         active: Whether the running forward is sparse here.
         tokens: How many tokens the layout has here.
         parts: The same by runs that context parallelism splits apart.
@@ -56,6 +63,7 @@ class Layer:
         # They are to be trained, whatever mode this runs in.
         with torch.inference_mode(False):
             self.parameters = planner.parameters(layer=index, heads=heads, head_dim=head_dim)
+        self.module: weakref.ref | None = None
         self.plan: Plan | None = None
         self.seed: torch.Tensor | None = None
         self.block_input: torch.Tensor | None = None
@@ -72,7 +80,7 @@ class Layer:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plan": None, "block_input": None, "ready": False, "active": False}
+        return {**self.__dict__, "module": None, "plan": None, "block_input": None, "ready": False, "active": False}
 
     def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, parts: tuple[int, ...] = ()) -> None:
         """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
@@ -88,11 +96,7 @@ class Layer:
     def takes(self, queries: int, keys: int, parallel: Any = None) -> bool:
         """Whether the running call is for us; IP-adapters attend to their own keys in the same processor."""
         if not self.ready:
-            raise InvalidInputError(
-                "this attention processor belongs to no patched model, or to another one: it was removed, replaced, or "
-                "made for a different model. Set the processors that fastdiff.processors(...) made for this model, or "
-                "call fastdiff.apply."
-            )
+            raise InvalidInputError(_STRANGER)
         if not self.active or not self.family.by_length:
             return self.active and queries == keys
         shares = self._shares(parallel)
@@ -105,9 +109,12 @@ class Layer:
         """Whether to note which calls are made: in compiled code only where their length tells what is meant."""
         return not torch.compiler.is_compiling() or self.family.by_length
 
-    def entered(self) -> None:
-        """Called before the processor where calls are noted."""
+    def entered(self, module: Any) -> None:
+        """Called before the processor where calls are noted, with the attention module that calls it."""
         self.reached = False
+        # What the model that it was made for has prepared would pass for this one's.
+        if not torch.compiler.is_compiling() and self.module is not None and self.module() is not module:
+            raise InvalidInputError(_STRANGER)
 
     def reach(self) -> None:
         """Called at the processor's attention call where calls are noted."""

@@ -31,7 +31,7 @@ class Layer(Protocol):
 
     def watches(self) -> bool: ...
 
-    def entered(self) -> None: ...
+    def entered(self, module: Any) -> None: ...
 
     def reach(self) -> None: ...
 
@@ -185,7 +185,7 @@ def _adopted_class(cls: type) -> type:
                 return same(self, *args, **kwargs)
             watched = layer.watches()
             if watched:
-                layer.entered()
+                layer.entered(args[0] if args else kwargs[names[0]])
             inputs = layer.gather({**dict(zip(names, args, strict=False)), **kwargs}) if layer.gathers() else None
             outer = _here.layer, _here.inputs, _here.watched
             _here.layer, _here.inputs, _here.watched = layer, inputs, watched
