@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +89,11 @@ class DenseSchedule:
         """The inverse of `to_dict`; what is missing is 0.
 
         Raises:
-            InvalidInputError: If there is another key.
+            InvalidInputError: If it is no dict, or has another key.
         """
-        unknown = sorted(set(data) - set(_KEYS))
+        if not isinstance(data, Mapping):
+            raise InvalidInputError(f"a schedule is {data!r}; give a dict of {', '.join(_KEYS)}.")
+        unknown = sorted(str(key) for key in set(data) - set(_KEYS))
         if unknown:
             raise InvalidInputError(f"a schedule has no {', '.join(unknown)}; it takes {', '.join(_KEYS)}.")
         return cls(**{_KEYS[key]: value for key, value in data.items()})

@@ -13,7 +13,7 @@ def test_grid_parses(text, grid):
     assert Grid.parse(str(grid)) == grid
 
 
-@pytest.mark.parametrize("text", ["", "12", "3x4x5x6", "ax4x5", "0x4x5", "-1x4x5", "3x4x"])
+@pytest.mark.parametrize("text", ["", "12", "3x4x5x6", "ax4x5", "0x4x5", "-1x4x5", "3x4x", "1" * 5000 + "x4", None])
 def test_grid_refuses(text):
     with pytest.raises(InvalidInputError, match="grid"):
         Grid.parse(text)

@@ -153,10 +153,11 @@ def test_a_layout_of_another_length_is_refused(painter):
     ("arguments", "match"),
     [
         ({"layout": lambda inputs: (6, 7)}, r"layout= gave \(6, 7\); it must give the TokenLayout"),
+        ({"layout": 5}, "layout is 5; give a function"),
         ({"layout": layout, "modules": "joint("}, r"modules is 'joint\(', which is no regular expression"),
         ({"layout": layout, "modules": r"blocks\.\d+"}, "has no module named like .*modules="),
     ],
-    ids=["no layout", "no pattern", "no module"],
+    ids=["no layout", "no function", "no pattern", "no module"],
 )
 def test_refusals(painter, arguments, match):
     with pytest.raises((InvalidInputError, UnsupportedError), match=match):

@@ -277,7 +277,9 @@ def test_config_travels_as_json(tmp_path):
     assert json.loads(config.to_json())["method"] == "radial"
     path = tmp_path / "radial.json"
     path.write_text(config.to_json())
-    for source in (config, config.to_dict(), config.to_json(), path, str(path)):
+    marked = tmp_path / "marked.json"
+    marked.write_text(config.to_json(), encoding="utf-8-sig")
+    for source in (config, config.to_dict(), config.to_json(), path, str(path), marked):
         assert load_config(source) == config
     assert load_config({"decay_factor": 0.5}, method="radial") == RadialConfig(decay_factor=0.5)
     assert METHODS["radial"] is RadialConfig
@@ -291,7 +293,11 @@ def test_config_travels_as_json(tmp_path):
         ({"decay_factor": 0.2}, "names no method"),
         ({"method": "radial", "version": 99}, "version 99"),
         ("{", "no valid JSON"),
-        ("[1]", "cannot be read"),
+        ("[1]", "must be a JSON object"),
+        (" ", "is empty"),
+        ("a\0b", "cannot be read"),
+        pytest.param('{"decay_factor": ' + "9" * 5000 + "}", "no valid JSON", id="5000 digits"),
+        pytest.param('{"a":' * 100_000, "no valid JSON", id="deep"),
         ("missing.json", "cannot be read"),
         ({"method": ["radial"]}, "allowed are radial"),
         (None, "config is None"),

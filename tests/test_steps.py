@@ -247,3 +247,8 @@ def test_more_last_steps_than_a_run_has_are_refused():
 def test_unknown_schedule_keys_are_refused():
     with pytest.raises(InvalidInputError, match="no dense_heads"):
         DenseSchedule.from_dict({"dense_heads": 1})
+    with pytest.raises(InvalidInputError, match="no 1"):
+        DenseSchedule.from_dict({1: 1})
+    for data in (None, [1]):
+        with pytest.raises(InvalidInputError, match="give a dict of dense_steps"):
+            DenseSchedule.from_dict(data)

@@ -66,11 +66,14 @@ def load_config(source: MethodConfig | Mapping | str | Path, method: str | None 
 
 def _read_json(source: str | Path) -> dict:
     text, where = str(source), "the config"
-    if not text.lstrip().startswith("{"):
+    if not text.strip():
+        raise InvalidInputError("the config is empty; give JSON text or a JSON file.")
+    if not text.lstrip().startswith(("{", "[")):
         where = f"the config file {source}"
         try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            # Some editors put a byte order mark before the text.
+            text = Path(source).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
             raise InvalidInputError(f"{where} cannot be read ({error}); give JSON text or a JSON file.") from error
     try:
         data = json.loads(text)

@@ -34,7 +34,7 @@ class Grid:
         Raises:
             InvalidInputError: If the text is neither form.
         """
-        match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+)", text.strip().lower())
+        match = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x(\d{1,9})", str(text).strip().lower())
         if match is None:
             raise InvalidInputError(
                 f"grid is {text!r}; write frames x height x width, such as 21x45x80, or height x width, such as 64x64."

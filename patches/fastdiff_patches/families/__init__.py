@@ -43,7 +43,7 @@ def family_of(
             without a pattern they are those whose calls have as many tokens as the layout.
 
     Raises:
-        InvalidInputError: If the pattern is no regular expression.
+        InvalidInputError: If the pattern is no regular expression, or `told` no function.
         UnsupportedError: If neither a row nor a user describes the model, or its self-attention is linear.
     """
     family = find_family(model)
@@ -61,6 +61,8 @@ def family_of(
             f"{', '.join(sorted(FAMILIES))}."
         )
     if told is not None:
+        if not callable(told):
+            raise InvalidInputError(f"layout is {told!r}; give a function of the forward's arguments by name.")
         layout = functools.partial(_checked, told)
         known = family or Family(type(model).__name__, None, layout, latents=None)
         family = dataclasses.replace(known, layout=layout)
