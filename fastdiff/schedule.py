@@ -21,7 +21,9 @@ class DenseSchedule:
     Args:
         first_steps: A whole number n for the first n steps, a share of all steps between 0 and 1 (`0.25`: the first
             quarter, rounded to whole steps), or the indices of single steps; negative ones count from the end
-            (`[0, 1, -1]`: the first two and the last). With two experts (Wan 2.2) steps are counted through.
+            (`[0, 1, -1]`: the first two and the last). With two experts (Wan 2.2) steps are counted through. Steps are
+            the timesteps that the scheduler lists: image to image at a strength below 1 begins amid them, and
+            second-order schedulers (Heun) list more than were asked for.
         layers: The same for self-attention layers, in the order in which the model holds them.
         last_steps: A whole number n for the last n steps, or a share of all steps.
         every: Every n-th step, counted from the first (`5`: steps 0, 5, 10 and so on); 0 for none.
