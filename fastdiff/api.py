@@ -90,13 +90,11 @@ def apply(
     """
     from fastdiff_patches import attachment, locate, marker
 
-    from .methods import planner_for
-
     settings = settings_from(config, dense_steps, dense_layers, backend, schedule, pipe_or_model)
     settings = replace(settings, layout=layout, modules=modules)
     pipe = pipeline_of(pipe_or_model, settings)
     models = locate.transformers(pipe_or_model)
-    planner = planner_for(settings.config)
+    planner = settings.config.planner()
     # All are built before any is installed: what cannot be done leaves the pipeline as it was.
     with contextlib.ExitStack() as stack:
         for model in models.values():

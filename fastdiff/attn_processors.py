@@ -12,7 +12,7 @@ from fastdiff_patches import locate
 from fastdiff_patches.marker import Marker, unmarked
 
 from .api import attach, pipeline_of, settings_from
-from .methods import METHODS, planner_for
+from .methods import METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ def processors(
     if not hasattr(model, "attn_processors"):
         raise UnsupportedError(f"{type(model).__name__} has no set_attn_processor; use fastdiff.apply(pipe, config).")
     with unmarked(model):
-        attached = attach(model, settings, planner_for(settings.config), pipe)
+        attached = attach(model, settings, settings.config.planner(), pipe)
     attached.watch(model)
     ours = {f"{binding.name}.processor": binding.adopted for binding in attached.bindings}
     return {name: ours.get(name.replace("_orig_mod.", ""), stock) for name, stock in model.attn_processors.items()}
@@ -124,7 +124,7 @@ class MethodAttnProcessor(Marker):
 
     def attach(self, model: nn.Module) -> None:
         """Does what `fastdiff.apply(model, config)` does."""
-        planner = planner_for(self.settings.config)
+        planner = self.settings.config.planner()
         attach(model, self.settings, planner, None).install(model)
 
 

@@ -16,7 +16,6 @@ from .clear import ClearConfig
 from .neighborhood import NeighborhoodConfig
 from .neighborhood_presets import neighborhood_presets
 from .paro import ParoConfig
-from .planner import Planner
 from .radial import RadialConfig
 from .rules import Rule, RulesConfig
 
@@ -37,7 +36,6 @@ __all__ = [
     "build_plan",
     "load_config",
     "neighborhood_presets",
-    "planner_for",
 ]
 
 
@@ -82,11 +80,6 @@ def _read_json(source: str | Path) -> dict:
     if not isinstance(data, dict):
         raise InvalidInputError(f'{where} must be a JSON object, such as {{"method": "radial"}}.')
     return data
-
-
-def planner_for(config: MethodConfig) -> Planner:
-    """The planner that the patches floor drives."""
-    return config.planner()
 
 
 def build_plan(config: MethodConfig, layout: TokenLayout, device: str = "cpu", layer: int = 0) -> BlockPlan | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 
 import torch
 from torch.autograd import forward_ad
@@ -13,6 +12,7 @@ from .errors import InvalidInputError, MissingDependencyError, UnsupportedError
 from .ops import block_sparse, check_call
 from .plan import BlockPlan
 from .reference import reference
+from .tuning import interpreted
 
 # Looked up once: torch.compile cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -112,7 +112,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
         return "torch"
     if not _HAS_TRITON:
         raise MissingDependencyError("backend 'triton' needs the triton package: pip install triton.")
-    if device.type != "cuda" and not _interpreted():
+    if device.type != "cuda" and not interpreted():
         raise UnsupportedError(
             f"backend 'triton' runs on GPUs and the tensors are on {device.type}; use backend='torch', or set "
             "TRITON_INTERPRET=1 before triton is imported to test it slowly on the CPU."
@@ -149,7 +149,7 @@ def backends() -> list[tuple[str, bool, str]]:
         triton = (False, "triton is not installed (pip install triton)")
     elif torch.cuda.is_available():
         triton = (True, f"default on {torch.cuda.get_device_name()}")
-    elif _interpreted():
+    elif interpreted():
         triton = (True, "in Triton's interpreter on the CPU: for tests, very slow")
     else:
         triton = (False, "no GPU that Triton can use was found")
@@ -172,7 +172,3 @@ def _fa4() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"FlashAttention-4 {found} found, and no GPU"
     return True, f"FlashAttention-4 {found}, by request: plans of whole blocks"
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

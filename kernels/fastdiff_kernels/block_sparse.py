@@ -11,7 +11,6 @@ are brought into that order once, so that each key block is one contiguous piece
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import triton
@@ -21,7 +20,7 @@ from .kernel_rule import BOX_PARAMETERS, DISC, MIXED_BITS
 from .plan import BlockPlan
 from .reorder import gather
 from .rule import METRIC_HEADER, RuleKind
-from .tuning import forward_tile, shared_memory_of
+from .tuning import forward_tile, interpreted, shared_memory_of
 
 # Triton captures module globals as compile-time constants only in this type.
 _METRIC, _BOX, BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
@@ -269,8 +268,7 @@ def forward(
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k,
         TILE_Q=tile.queries, TILE_K=tile.keys, RULE=rule.kind,
         HAS_KEY_MASK=key_mask is not None, KEY_MASK_OF_HEAD=plan.key.order.shape[0] > 1, WRITE_LSE=return_lse,
-        # The interpreter's bfloat16 product is wrong without an error, so it computes in float32.
-        EXACT=os.environ.get("TRITON_INTERPRET") == "1",
+        EXACT=interpreted(),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

@@ -13,7 +13,6 @@ nothing is summed by atomics and the result is the same in every run.
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import triton
@@ -22,7 +21,7 @@ import triton.language as tl
 from .block_sparse import head_step, mask_in_order, pairs_seen, word_of
 from .plan import BlockPlan
 from .reorder import gather, key_limits
-from .tuning import BackwardTile, backward_tile, hopper_backward, shared_memory_of
+from .tuning import BackwardTile, backward_tile, hopper_backward, interpreted, shared_memory_of
 
 # Slots that one program turns into row terms.
 _TILE = 32
@@ -317,8 +316,7 @@ def _constants(plan: BlockPlan, head_dim: int, key_mask: torch.Tensor | None) ->
         "HEAD_DIM": head_dim, "BLOCK_D": _padded(head_dim), "BLOCK_Q": plan.query.block, "BLOCK_K": plan.key.block,
         "RULE": plan.kernel_rule.kind,
         "HAS_KEY_MASK": key_mask is not None, "KEY_MASK_OF_HEAD": plan.key.order.shape[0] > 1,
-        # The interpreter's bfloat16 product is wrong without an error, so it computes in float32.
-        "EXACT": os.environ.get("TRITON_INTERPRET") == "1",
+        "EXACT": interpreted(),
     }  # fmt: skip
 
 

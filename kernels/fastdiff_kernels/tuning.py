@@ -93,11 +93,16 @@ def shared_memory_of(device: torch.device) -> int:
     return limit or SHARED_MEMORY.get(torch.cuda.get_device_capability(device), smallest)
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU. Its bfloat16 product is wrong there, so all compute in float32."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def hopper_kernel(device: torch.device) -> ModuleType | None:
     """The module with the kernel for this GPU's architecture, None where there is none and the portable one runs."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         # The interpreter has no Gluon.
         return None
     return _load_hopper()
