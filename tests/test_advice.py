@@ -89,7 +89,8 @@ def test_little_gain_is_told_once_and_with_the_numbers(told):
     pipe = fastdiff.apply(tiny_wan_pipeline(), NARROW, dense_steps=1)
     assert told() == [], "the grid is not known yet"
     pipe(**call_arguments(steps=1))
-    assert told() == [], "nothing was sparse"
+    (line,) = told()
+    assert "stays dense in every step" in line
     pipe(**call_arguments())
     (line,) = told()
     assert line.startswith("WanTransformer3DModel on 3x3x5 tokens: self-attention is about 32 % of the FLOPs")

@@ -97,6 +97,9 @@ class Recorder(Planner):
         check: Called with the records after the first forward, to raise before a long run is wasted.
     """
 
+    # `plan` says itself where the step is unknown.
+    uses_steps = False
+
     groups: int
     candidates: Candidates
     sample: float = 1.0

@@ -263,9 +263,9 @@ class Attachment:
         dense = (self.schedule.is_dense(step, steps, layer, self.total) for step in range(steps) for layer in layers)
         if self.schedule.uses_steps and layers and all(dense):
             _logger.warning(
-                "all %d steps of this run stay dense in %s (%s); name fewer, or a share such as 0.25.",
-                steps,
+                "%s stays dense in every step of this run of %d (%s); name fewer steps, or a share such as 0.25.",
                 type(model).__name__,
+                steps,
                 self.schedule,
             )
 
