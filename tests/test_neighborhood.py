@@ -209,6 +209,8 @@ class TestShapes:
         assert seen.sum() == seen.shape[place]
 
     def test_dilated(self):
+        with pytest.raises(InvalidInputError, match="window"):
+            NeighborhoodConfig.dilated((3, 3, 3, 3), self.GRID)
         config = NeighborhoodConfig.dilated((None, 3, 2), self.GRID)
         assert config.dilation == (1, 2, 4)
         seen = self.seen(config, 0, 3, 6)

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paro_plans import calibration, random_masks, truth
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fastdiff
 from fastdiff.methods import METHODS, ParoConfig, build_plan, load_config
 from fastdiff.methods.fingerprint import Fingerprint
 from fastdiff.methods.paro import ParoPlanner, paro_plan
-from fastdiff.methods.paro_file import Calibration, calibration_at, pack, unpack
+from fastdiff.methods.paro_file import Calibration, _digest, calibration_at, pack, unpack
 from fastdiff.methods.planner import PlanCache
 from fastdiff_kernels import Grid, InvalidInputError, Span, TokenLayout, UnsupportedError, attention
 from fastdiff_kernels.axis_order import AXIS_ORDERS, axis_order, distinct_axis_orders
@@ -231,6 +232,17 @@ class TestFile:
     def test_another_kind(self, file):
         save_file({"weight": torch.zeros(3)}, file)
         with pytest.raises(InvalidInputError, match="no calibration"):
+            Calibration.load(file)
+
+    @pytest.mark.parametrize("lacking", ["groups", "model", "layers", "settings"])
+    def test_whole_and_lacking_a_key(self, file, lacking):
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            about = json.loads(opened.metadata()["fastdiff-paro"])
+        del about[lacking]
+        text = json.dumps(about)
+        save_file(tensors, file, metadata={"fastdiff-paro": text, "sha256": _digest(text, tensors)})
+        with pytest.raises(InvalidInputError, match=f"it lacks '{lacking}'"):
             Calibration.load(file)
 
     def test_another_version(self, file, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff.methods import METHODS, ClearConfig, NeighborhoodConfig, RadialConfig, load_config
+from fastdiff.methods import METHODS, AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, load_config
 from fastdiff.methods.planner import PlanCache, Planner
 from fastdiff.methods.radial import disc_limits
 from fastdiff.methods.radial_reference import block_mask
@@ -232,6 +232,20 @@ def test_for_density_names_the_floor():
     for bad in (0, -1, 1.5, "0.3", True):
         with pytest.raises(InvalidInputError, match="density is"):
             RadialConfig.for_density(bad, Grid(9, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (RadialConfig, {"near_width": 0.5}),
+        (RadialConfig, {"decay_factor": 0.5}),
+        (NeighborhoodConfig, {"window": (3, 3, 3)}),
+        (AgentConfig, {"agents": 3}),
+    ],
+)
+def test_what_a_density_is_solved_for_is_not_given(kind, given):
+    with pytest.raises(InvalidInputError, match=f"{next(iter(given))} is what a density is solved for"):
+        kind.for_density(0.5, Grid(9, 16, 16), **given)
 
 
 @pytest.mark.parametrize("kind", [RadialConfig, NeighborhoodConfig, ClearConfig])

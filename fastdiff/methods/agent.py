@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 from fastdiff_kernels import AgentPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
 from fastdiff_kernels.agent_spans import AgentSpans
 
-from .base import MethodConfig, below_floor, check_choice, check_density, check_number, is_whole, largest_within
+from .base import (
+    MethodConfig,
+    below_floor,
+    check_choice,
+    check_density,
+    check_number,
+    check_unknowns,
+    is_whole,
+    largest_within,
+)
 
 if TYPE_CHECKING:
     from .agent_planner import AgentPlanner
@@ -234,6 +243,7 @@ class AgentConfig(MethodConfig):
             InvalidInputError: If the density is out of range, or below the floor of this grid, which is named.
         """
         check_density(density)
+        check_unknowns(settings, "agents")
         layout = TokenLayout.self_attention(grid, text_after=text_tokens)
         floor = cls(1, **settings).build_plan(layout).density()
 

@@ -151,6 +151,13 @@ def check_share(name: str, value: Any) -> None:
         raise InvalidInputError(f"{name} is {value!r}; it must be a number above 0 and up to 1.")
 
 
+def check_unknowns(settings: dict[str, Any], *names: str) -> None:
+    """Raises InvalidInputError if a setting is given that a density is solved for."""
+    for name in names:
+        if name in settings:
+            raise InvalidInputError(f"{name} is what a density is solved for; leave it out, it was {settings[name]!r}.")
+
+
 def check_density(value: Any) -> None:
     """Raises InvalidInputError unless `value` is a density that can be asked for."""
     check_share("density", value)

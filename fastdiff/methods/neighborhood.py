@@ -14,7 +14,16 @@ from fastdiff_kernels.box import Axes, box_rule
 from fastdiff_kernels.order import GridOrder
 from fastdiff_kernels.walk import choose_order
 
-from .base import BLOCK_SIZES, MethodConfig, below_floor, check_choice, check_density, is_whole, largest_within
+from .base import (
+    BLOCK_SIZES,
+    MethodConfig,
+    below_floor,
+    check_choice,
+    check_density,
+    check_unknowns,
+    is_whole,
+    largest_within,
+)
 from .neighborhood_axis import AxisSetting, scaled
 
 log = logging.getLogger("fastdiff")
@@ -126,6 +135,7 @@ class NeighborhoodConfig(MethodConfig):
 
         The paper alternates layers of this shape with `sliding` ones.
         """
+        window = cls(window, **settings).window
         lengths = (grid.frames, grid.height, grid.width)[-len(window) :]
         dilation = tuple(max(1, length // (width or length)) for length, width in zip(lengths, window, strict=True))
         return cls(window, dilation=dilation, **settings)
@@ -194,6 +204,7 @@ class NeighborhoodConfig(MethodConfig):
             InvalidInputError: If the density is out of range, or below the floor of this grid, which is named.
         """
         check_density(density)
+        check_unknowns(settings, "window")
         if settings.get("base_grid") not in (None, str(grid)):
             raise InvalidInputError(
                 f"base_grid is {settings['base_grid']} and the window is solved for a grid of {grid}; leave it out."

@@ -114,12 +114,15 @@ class Calibration:
             InvalidInputError: If it is missing, damaged, of another kind or of another version.
         """
         about, digest, tensors = _read(path)
-        model = Fingerprint(about["model"]["class"], about["model"]["structure"], tensors["fingerprint"])
         layers = []
-        for index, entry in enumerate(about["layers"]):
-            found = {name: tensors[f"layers.{index}.{name}"] for name in _TENSORS} if entry else None
-            layers.append(entry and LayerMasks(entry["name"], Grid.parse(entry["grid"]), **found))
-        return cls(about["groups"], tuple(layers), model, about["settings"], digest)
+        try:
+            model = Fingerprint(about["model"]["class"], about["model"]["structure"], tensors["fingerprint"])
+            for index, entry in enumerate(about["layers"]):
+                found = {name: tensors[f"layers.{index}.{name}"] for name in _TENSORS} if entry else None
+                layers.append(entry and LayerMasks(entry["name"], Grid.parse(entry["grid"]), **found))
+            return cls(about["groups"], tuple(layers), model, about["settings"], digest)
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, f"it lacks {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """What a user wants to know of it, as plain data."""

@@ -18,6 +18,7 @@ from .base import (
     check_choice,
     check_density,
     check_number,
+    check_unknowns,
     largest_within,
 )
 from .radial_reference import reference_plan
@@ -135,6 +136,7 @@ class RadialConfig(MethodConfig):
             InvalidInputError: If the density is out of range, or below the floor of this grid, which is named.
         """
         check_density(density)
+        check_unknowns(settings, "decay_factor", "near_width")
         layout = TokenLayout.self_attention(grid, text_after=text_tokens)
 
         def reached(config: RadialConfig) -> float:
