@@ -156,13 +156,14 @@ def summary(pipe_or_model: Any, grid: Grid | str | None = None, steps: int | Non
     """
     from fastdiff_patches import attachment, locate
 
+    from .methods.base import is_whole
     from .overview import summarize
 
     if isinstance(grid, str):
         grid = Grid.parse(grid)
     if not isinstance(grid, Grid | None):
         raise InvalidInputError(f"grid is {grid!r}; give a Grid, or text such as '21x45x80'.")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+    if steps is not None and not is_whole(steps, 1):
         raise InvalidInputError(f"steps is {steps!r}; give a whole number from 1.")
     models = locate.transformers(pipe_or_model)
     return summarize({name: (model, attachment.find(model)) for name, model in models.items()}, grid, steps)

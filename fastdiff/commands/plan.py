@@ -145,12 +145,12 @@ def _check_memory(grid: Grid, text: int, method: str, settings: Any) -> None:
     from .memory import check_memory
 
     block = getattr(settings or METHODS[method], "block_size", None)
-    block = block and block_on(grid, block)
     what, reduce = f"{grid.tokens + text} tokens", "--grid or --text"
     if block is None:
         # Measured while building: cells, their order and what it is made from.
         check_memory(100 * (grid.tokens + text), what, reduce)
         return
+    block = block_on(grid, block)
     # Measured while building: 56 bytes a pair of blocks. Frames are padded to whole blocks.
     blocks = grid.frames * -(-grid.frame_tokens // block) + -(-text // block)
     check_memory(56 * blocks**2, f"the block lists of {what}", f"{reduce}, or take a larger block_size")

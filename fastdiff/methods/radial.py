@@ -26,7 +26,7 @@ from .radial_reference import reference_plan
 MODES = ("tiled", "raster", "reference")
 
 # The METRIC rule squares distances in int32.
-_RASTER_LIMIT = 46_340
+_FARTHEST = 46_340
 
 # In such steps for_density solves its settings.
 _STEPS = 1024
@@ -85,14 +85,14 @@ class RadialConfig(MethodConfig):
             return reference_plan(self, layout)
         block = self.block_for(grid)
         tiled = self.mode == "tiled"
-        if not tiled and grid.frame_tokens > _RASTER_LIMIT:
+        if not tiled and grid.frame_tokens > _FARTHEST:
             raise InvalidInputError(
                 f"frames of {grid.height}x{grid.width} have {grid.frame_tokens} tokens; mode 'raster' takes "
-                f"{_RASTER_LIMIT} at most. Use mode 'tiled'."
+                f"{_FARTHEST} at most. Use mode 'tiled'."
             )
-        if tiled and math.hypot(grid.height, grid.width) > _RASTER_LIMIT:
+        if tiled and math.hypot(grid.height, grid.width) > _FARTHEST:
             raise InvalidInputError(
-                f"frames of {grid.height}x{grid.width} are too long: mode 'tiled' takes a diagonal of {_RASTER_LIMIT} "
+                f"frames of {grid.height}x{grid.width} are too long: mode 'tiled' takes a diagonal of {_FARTHEST} "
                 "tokens at most. Use mode 'reference'."
             )
         widths = self.widths(grid)

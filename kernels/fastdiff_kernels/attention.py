@@ -62,13 +62,12 @@ def attention(
         if not isinstance(plan, BlockPlan):
             raise InvalidInputError(f"plan is of type {type(plan).__name__}; give a BlockPlan.")
         check_call(q, k, v, plan, key_mask)
+        if scale is not None and not math.isfinite(scale):
+            raise InvalidInputError(f"scale is {scale}; give a finite number.")
+        if backend != "reference":
+            _refuse_tangents(q, k, v)
     chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not torch.compiler.is_compiling():
-        if not math.isfinite(scale):
-            raise InvalidInputError(f"scale is {scale}; give a finite number.")
-        if chosen != "reference":
-            _refuse_tangents(q, k, v)
     if chosen == "reference":
         out, lse = reference(q, k, v, plan.to(q.device), scale, key_mask)
     elif chosen in GUESTS:

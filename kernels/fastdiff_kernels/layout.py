@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +12,10 @@ from .errors import InvalidInputError
 
 SPAN_KINDS = ("grid", "text", "reference", "pooled", "pad")
 VISIBILITIES = ("all", "none", "rule")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Grid:
     def __post_init__(self):
         for name in ("frames", "height", "width"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_count(value):
                 raise InvalidInputError(f"grid {name} is {value!r}; it must be a whole number of at least 1.")
 
     @classmethod
@@ -70,7 +75,7 @@ class Span:
     def __post_init__(self):
         if self.kind not in SPAN_KINDS:
             raise InvalidInputError(f"span kind is {self.kind!r}; allowed are {', '.join(SPAN_KINDS)}.")
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+        if not _is_count(self.tokens):
             raise InvalidInputError(
                 f"a {self.kind} span has {self.tokens!r} tokens; give a whole number, and leave empty spans out."
             )

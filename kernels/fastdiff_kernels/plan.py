@@ -16,7 +16,7 @@ from .kernel_rule import KernelRule, kernel_rule
 from .layout import TokenLayout
 from .order import GridOrder, Side, natural_order
 from .refine import really_touched
-from .rule import Rule, RuleKind, check_reach, classify, pairs_visible
+from .rule import Rule, RuleKind, classify, pairs_visible
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -93,7 +93,6 @@ class BlockPlan:
             InvalidInputError: If a block size is below 1, or tokens lie farther apart than a METRIC rule knows.
         """
         query, key = arrange_sides(layout, (block_q, block_k), grid_order)
-        check_reach(rule, query.boxes(), key.boxes())
         touched, whole = classify(rule, query.boxes(), key.boxes())
         if torch.equal(touched, whole):
             # Blocks decide alone; a kernel then need not evaluate the rule where a block is partial by padding.

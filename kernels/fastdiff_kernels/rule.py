@@ -147,18 +147,8 @@ def _metric_holds(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> torch.T
     return near | (key[..., None, :, 0] < sink_frames)
 
 
-def check_reach(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> None:
-    """Checks that a METRIC rule has a limit for all distances in time, and that its squares stay within int32.
-
-    Args:
-        rule: Any rule.
-        query, key: Bounding boxes as in `classify`.
-
-    Raises:
-        InvalidInputError: If not.
-    """
-    if rule.kind != RuleKind.METRIC:
-        return
+def _check_reach(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises InvalidInputError unless a METRIC rule has limits for all distances in time, and squares within int32."""
     # Blocks without a token have a lowest place above their highest.
     boxes = torch.cat([query, key])
     boxes = boxes[(boxes[:, 0] <= boxes[:, 1]).all(1)]
@@ -189,8 +179,12 @@ def classify(rule: Rule, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.
 
     Returns:
         touched, whole: bool `[query blocks, key blocks]`.
+
+    Raises:
+        InvalidInputError: If the rule is of another kind, or tokens lie farther apart than a METRIC rule knows.
     """
     if rule.kind == RuleKind.METRIC:
+        _check_reach(rule, query, key)
         return _classify_metric(rule, query, key)
     if rule.kind == RuleKind.BOX:
         return _classify_box(rule, query, key)

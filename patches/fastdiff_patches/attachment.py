@@ -186,8 +186,7 @@ class Attachment:
         if steps is not None and steps != self.steps_seen:
             self.steps_seen = steps
             self._warn_of_no_sparse_step(model, steps)
-        uses_steps = self.schedule.uses_steps or self.planner.uses_steps
-        if step is None and uses_steps and not torch.is_grad_enabled():
+        if step is None and not torch.is_grad_enabled() and (self.schedule.uses_steps or self.planner.uses_steps):
             self._warn_of_no_step(model)
         places = self.seen[layout] = self.seen.pop(layout, None) or self.places(getattr(model, "config", None), layout)
         if len(self.seen) > _SEEN_LIMIT:
