@@ -64,8 +64,19 @@ def _copy_tiles(
 
 
 @gluon.jit
-def _softmax(scores, row_max, row_sum, scale_log2, PARTIAL: gl.constexpr):
-    """`row_max` is that of the scores as exponents of 2, so that `shrink` is exactly 1 where it stays."""
+def _by_lane(weights):
+    """Sums of a row's weights by the four lanes that hold them, [rows, 4]: the lanes add theirs up once, at the end."""
+    keys: gl.constexpr = weights.type.shape[1]
+    parts = weights.reshape([weights.type.shape[0], keys // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 3), 1)
+
+
+@gluon.jit
+def _softmax(scores, row_max, sums, scale_log2, PARTIAL: gl.constexpr):
+    """`row_max` is that of the scores as exponents of 2, so that `shrink` is exactly 1 where it stays.
+
+    `sums` are by lane, and None before the first tile.
+    """
     new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
     base = new_max
     if PARTIAL:
@@ -73,7 +84,12 @@ def _softmax(scores, row_max, row_sum, scale_log2, PARTIAL: gl.constexpr):
         base = gl.where(new_max == float("-inf"), 0.0, base)
     weights = gl.exp2(scores * scale_log2 - base[:, None])
     shrink = gl.exp2(row_max - base)
-    return weights, new_max, row_sum * shrink + gl.sum(weights, 1), shrink
+    parts = _by_lane(weights)
+    if sums is None:
+        sums = parts
+    else:
+        sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, parts.type.layout))[:, None] + parts
+    return weights, new_max, sums, shrink
 
 
 def _unless_all_are_one(numbers: int) -> tuple[str, str]:
@@ -258,14 +274,14 @@ def _attend(
         if HAS_KEY_MASK:
             block = gl.load(full_indices + full_start) if full_tiles > 0 else gl.load(partial_indices + partial_start)
             scores = hide_masked(scores, block, 0, limits, masked)
-        weights, row_max, row_sum, shrink = _softmax(scores, row_max, row_sum, scale_log2, True)
-        acc, weights, shrink, row_max, row_sum = _steps(
-            half, acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+        weights, row_max, sums, shrink = _softmax(scores, row_max, None, scale_log2, True)
+        acc, weights, shrink, row_max, sums = _steps(
+            half, acc, weights, shrink, row_max, sums, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
             1, full_tiles, full_place, q_slots, q_table, k_table, full_indices, rule, bits, limits, masked, scale_log2,
             False, RULE, HAS_KEY_MASK,
         )  # fmt: skip
-        acc, weights, shrink, row_max, row_sum = _steps(
-            half, acc, weights, shrink, row_max, row_sum, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+        acc, weights, shrink, row_max, sums = _steps(
+            half, acc, weights, shrink, row_max, sums, query, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
             gl.maximum(full_tiles, 1), tiles, place, q_slots, q_table, k_table, partial_indices, rule, bits, limits,
             masked, scale_log2, True, RULE, HAS_KEY_MASK,
         )  # fmt: skip
@@ -273,6 +289,7 @@ def _attend(
             # The last turn given: a named barrier is left as it was found.
             _take_turn(half)
         acc = hopper.warpgroup_mma_wait(0, deps=[_add_values(acc, weights, shrink, v_ring, v_full, tiles - 1)])
+        row_sum = gl.convert_layout(gl.sum(sums, 1), rows)
 
     # Queries without keys: output 0, log-sum-exp -inf (their maximum still is).
     row_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
