@@ -11,6 +11,7 @@ import torch
 
 from fastdiff_kernels import Grid, InvalidInputError, Rule, TokenLayout
 from fastdiff_kernels.ball import choose_order
+from fastdiff_kernels.on_cpu import on_cpu
 
 from .base import (
     BLOCK_SIZES,
@@ -94,6 +95,7 @@ class ClearConfig(MethodConfig):
     def planner(self) -> ClearPlanner:
         return ClearPlanner(self)
 
+    @on_cpu
     def build_plan(self, layout: TokenLayout) -> ClearPlan:
         """The plan for one layout, on the CPU; with pooled keys its key side is longer than the layout's.
 
@@ -150,6 +152,7 @@ class ClearConfig(MethodConfig):
         return math.sqrt(math.log(tokens) / math.log(self.train_tokens))
 
     @classmethod
+    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> ClearConfig:
         """The largest radius whose plan stays within a density; whole blocks may leave it well below.
 

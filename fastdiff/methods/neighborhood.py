@@ -11,6 +11,7 @@ import torch
 
 from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
 from fastdiff_kernels.box import Axes, box_rule
+from fastdiff_kernels.on_cpu import on_cpu
 from fastdiff_kernels.order import GridOrder
 from fastdiff_kernels.walk import choose_order
 
@@ -170,6 +171,7 @@ class NeighborhoodConfig(MethodConfig):
             values = cls.preset(values.pop("preset")).to_dict() | values
         return super().from_dict(values)
 
+    @on_cpu
     def build_plan(self, layout: TokenLayout) -> BlockPlan:
         """The plan for one layout, on the CPU.
 
@@ -191,6 +193,7 @@ class NeighborhoodConfig(MethodConfig):
         )
 
     @classmethod
+    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> NeighborhoodConfig:
         """The largest window, of one share of every axis, whose plan stays within a density.
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, Rule, TokenLayout, centred, raster_order, snake_order
+from fastdiff_kernels.on_cpu import on_cpu
 
 from .base import (
     BLOCK_SIZES,
@@ -73,6 +74,7 @@ class RadialConfig(MethodConfig):
         check_choice("block_size", self.block_size, BLOCK_SIZES)
         check_choice("mode", self.mode, MODES)
 
+    @on_cpu
     def build_plan(self, layout: TokenLayout) -> BlockPlan:
         """The plan for one layout, on the CPU.
 
@@ -121,6 +123,7 @@ class RadialConfig(MethodConfig):
         return torch.tensor(widths[: grid.frames])
 
     @classmethod
+    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> RadialConfig:
         """The least sparse config whose plan stays within a density; whole blocks may leave it well below.
 

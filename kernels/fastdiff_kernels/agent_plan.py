@@ -10,6 +10,7 @@ import torch
 from .agent_spans import AgentSpans
 from .errors import InvalidInputError, UnsupportedError
 from .layout import Grid, TokenLayout
+from .on_cpu import on_cpu
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,6 +45,7 @@ class AgentPlan:
     @classmethod
     # Autograd saves the axes, which it could not if the plan was first wanted in inference mode.
     @torch.inference_mode(False)
+    @on_cpu
     def from_cells(cls, layout: TokenLayout, cell_grid: Grid, *, merged: int = 0) -> AgentPlan:
         """A plan of cells as equal as the grid allows: on each axis they differ by one token at most.
 

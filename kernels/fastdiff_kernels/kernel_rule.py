@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import UnsupportedError
+from .on_cpu import on_cpu
 from .rule import METRIC_HEADER, Rule, RuleKind
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class KernelRule:
         return KernelRule(self.kind, *(x.to(device) for x in (self.query, self.key, self.parameters)))
 
 
+@on_cpu
 def kernel_rule(plan: BlockPlan) -> KernelRule:
     """The rule of a plan as its kernels take it.
 

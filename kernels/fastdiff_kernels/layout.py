@@ -57,7 +57,7 @@ class Grid:
 
     def coordinates(self) -> torch.Tensor:
         """Coordinates (t, y, x) of the tokens in their natural order, int32 `[tokens, 3]`."""
-        axes = (torch.arange(n, dtype=torch.int32) for n in (self.frames, self.height, self.width))
+        axes = (torch.arange(n, dtype=torch.int32, device="cpu") for n in (self.frames, self.height, self.width))
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
     def __str__(self) -> str:

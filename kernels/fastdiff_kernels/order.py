@@ -15,6 +15,7 @@ import torch
 
 from .errors import InvalidInputError
 from .layout import Grid, Span
+from .on_cpu import on_cpu
 
 GridOrder = Callable[[Grid, int], tuple[torch.Tensor, torch.Tensor]]
 """(grid, block) -> the token of each slot, int `[slots]` with -1 for padding, and its coordinates `[slots, 3]`."""
@@ -99,6 +100,7 @@ class Side:
     table: torch.Tensor
 
     @classmethod
+    @on_cpu
     def arrange(
         cls, spans: tuple[Span, ...], block: int, bits: torch.Tensor, grid_order: GridOrder, aligned: bool = True
     ) -> Side:

@@ -14,6 +14,7 @@ from .block_list import BlockList, Columns, heavy_places, launch_order
 from .errors import InvalidInputError
 from .kernel_rule import KernelRule, kernel_rule
 from .layout import TokenLayout
+from .on_cpu import on_cpu
 from .order import GridOrder, Side, natural_order
 from .refine import really_touched
 from .rule import Rule, RuleKind, classify, pairs_visible
@@ -46,7 +47,7 @@ class BlockPlan:
     full: BlockList
     partial: BlockList
     rule: Rule
-    bits: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    bits: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32, device="cpu"))
     handle: torch.Tensor = field(init=False)
 
     def __post_init__(self):
@@ -58,7 +59,7 @@ class BlockPlan:
         number = next(_numbers)
         # Autograd saves the handle, which it could not if the plan was first wanted in inference mode.
         with torch.inference_mode(False):
-            object.__setattr__(self, "handle", torch.tensor(number))
+            object.__setattr__(self, "handle", torch.tensor(number, device="cpu"))
         _plans[number] = self
 
     def __repr__(self) -> str:
@@ -72,6 +73,7 @@ class BlockPlan:
         return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     @classmethod
+    @on_cpu
     def from_rule(
         cls,
         layout: TokenLayout,
@@ -109,6 +111,7 @@ class BlockPlan:
         return cls.from_states(query, key, state[None], rule)
 
     @classmethod
+    @on_cpu
     def from_states(
         cls, query: Side, key: Side, state: torch.Tensor, rule: Rule, bits: torch.Tensor | None = None
     ) -> BlockPlan:
@@ -317,6 +320,7 @@ def plan_of(handle: torch.Tensor) -> BlockPlan:
     return plan
 
 
+@on_cpu
 def arrange_sides(
     layout: TokenLayout, blocks: tuple[int, int], grid_order: GridOrder = natural_order, aligned: bool = True
 ) -> tuple[Side, Side]:
@@ -326,6 +330,7 @@ def arrange_sides(
     return query, key
 
 
+@on_cpu
 def visibility_bits(layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns 3 and 4 of the query table and of the key table for each span, int32 `[spans, 2]`."""
     query = [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .on_cpu import on_cpu
 from .plan import BlockPlan
 
 
+@on_cpu
 def dense_mask(plan: BlockPlan) -> torch.Tensor:
     """The plan token by token, bool `[1 or heads, query tokens, key tokens]`."""
     # Row by row it asks the lists for numbers, and each would wait for a GPU.

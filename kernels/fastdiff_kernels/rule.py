@@ -25,6 +25,7 @@ from enum import IntEnum
 import torch
 
 from .errors import InvalidInputError
+from .on_cpu import on_cpu
 
 
 class RuleKind(IntEnum):
@@ -46,10 +47,12 @@ class Rule:
     parameters: torch.Tensor
 
     @classmethod
+    @on_cpu
     def none(cls) -> Rule:
         return cls(RuleKind.NONE, torch.zeros(1, dtype=torch.int32))
 
     @classmethod
+    @on_cpu
     def metric(cls, limits: torch.Tensor, *, a: int = 1, b: int = 1, sink_frames: int = 0) -> Rule:
         """`limits[d]` bounds the squared distance between frames d apart; -1 computes nothing at that distance.
 
@@ -66,6 +69,7 @@ class Rule:
         return cls(RuleKind.METRIC, torch.cat([header, limits.to(torch.int32).cpu()]))
 
     @classmethod
+    @on_cpu
     def box(cls, first: tuple[torch.Tensor, ...], last: tuple[torch.Tensor, ...]) -> Rule:
         """For each axis (t, y, x) the first and the last key coordinate of every query coordinate, both inclusive.
 
@@ -85,6 +89,7 @@ class Rule:
         return cls(RuleKind.BOX, torch.cat([header, *tables]))
 
     @classmethod
+    @on_cpu
     def bits(cls, query_side: int, key_side: int, columns: int) -> Rule:
         """Sub-blocks of `query_side` x `key_side` slots, `columns` of them across a block, bit 0 first.
 
