@@ -14,6 +14,7 @@ from fastdiff_kernels import InvalidInputError, UnsupportedError
 
 from .families import Family
 from .planner import Extras, Plan, Planner
+from .recomputation import new_number, witnessed
 from .ulysses import Ulysses
 
 _logger = logging.getLogger("fastdiff")
@@ -42,6 +43,7 @@ class Layer:
         parts: The same by runs that context parallelism splits apart.
         stray: How many tokens the last call had instead, None if it was meant.
         plan: What to compute when it is.
+        number: Stands for plan and seed, see `recomputation`.
         needs: What the planner needs, see `NEEDS`.
         seed: The run's number, for a planner that needs it.
         block_input: What the transformer block was just called with, likewise.
@@ -65,6 +67,7 @@ class Layer:
             self.parameters = planner.parameters(layer=index, heads=heads, head_dim=head_dim)
         self.module: weakref.ref | None = None
         self.plan: Plan | None = None
+        self.number = new_number()
         self.seed: torch.Tensor | None = None
         self.block_input: torch.Tensor | None = None
         self.tokens, self.parts = 0, ()
@@ -84,6 +87,8 @@ class Layer:
 
     def prepare(self, plan: Plan | None, seed: torch.Tensor | None = None, parts: tuple[int, ...] = ()) -> None:
         """Makes the layer sparse under `plan` for the coming forward, or dense if there is none."""
+        if plan is not self.plan or seed is not self.seed:
+            self.number = new_number()
         self.plan, self.active, self.ready, self.seed = plan, plan is not None, True, seed
         self.block_input = None
         self.tokens, self.parts = sum(parts), parts
@@ -194,6 +199,8 @@ class Layer:
             )
         if group > 1:
             key, value = (x.repeat_interleave(group, 2) for x in (key, value))
+        if query.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            query = witnessed(query, self.number)
         inputs = {} if inputs is None else inputs
         if "pre_rope_query" in self.needs:
             inputs["pre_rope_query"] = self._query_before_rope(query, inputs)
