@@ -176,6 +176,7 @@ class Attachment:
         # torch still calls a hook that another one has removed in the same forward, without keyword arguments.
         if kwargs is None:
             return
+        seam.refresh()
         self._follow(model)
         if not self.bindings:
             return

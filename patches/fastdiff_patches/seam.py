@@ -131,23 +131,42 @@ _adopted: dict[type, type] = {}
 
 def _shadow(source: types.ModuleType) -> types.ModuleType:
     """A copy of a module's globals in which the two attention functions are ours."""
-    if source.__name__ not in _shadows:
+    shadow = _shadows.get(source.__name__)
+    if shadow is None:
         # The name must be its own and importable: torch.compile guards globals as `import(__name__).name`, and
         # under the old name it would look at diffusers' functions. __package__ stays, for relative imports.
         shadow = types.ModuleType(f"fastdiff_shadow.{source.__name__}")
-        own = ("__name__", "__spec__", "__loader__")
-        shadow.__dict__.update((name, value) for name, value in source.__dict__.items() if name not in own)
-        if "dispatch_attention_fn" in shadow.__dict__:
-            shadow.dispatch_attention_fn = _dispatch
-        if "scaled_dot_product_attention" in shadow.__dict__:
-            shadow.scaled_dot_product_attention = _sdpa
-        if shadow.__dict__.get("F") is F:
-            shadow.F = types.ModuleType(f"{shadow.__name__}.F")
-            shadow.F.__dict__.update((name, value) for name, value in F.__dict__.items() if name[:2] != "__")
-            shadow.F.scaled_dot_product_attention = _sdpa
-            sys.modules[shadow.F.__name__] = shadow.F
         _shadows[source.__name__] = sys.modules[shadow.__name__] = shadow
-    return _shadows[source.__name__]
+    _fill(shadow, source)
+    return shadow
+
+
+def _fill(shadow: types.ModuleType, source: types.ModuleType) -> None:
+    names = {name: value for name, value in vars(source).items() if name not in ("__name__", "__spec__", "__loader__")}
+    if "dispatch_attention_fn" in names:
+        names["dispatch_attention_fn"] = _dispatch
+    if "scaled_dot_product_attention" in names:
+        names["scaled_dot_product_attention"] = _sdpa
+    if names.get("F") is F:
+        names["F"] = _functional(f"{shadow.__name__}.F")
+    vars(shadow).update(names)
+
+
+def _functional(name: str) -> types.ModuleType:
+    """torch.nn.functional under another name, with our attention function."""
+    if name not in sys.modules:
+        copied = types.ModuleType(name)
+        vars(copied).update((key, value) for key, value in vars(F).items() if key[:2] != "__")
+        copied.scaled_dot_product_attention = _sdpa
+        sys.modules[name] = copied
+    return sys.modules[name]
+
+
+def refresh() -> None:
+    """Brings the copies of users' modules up to date: those of notebooks and of reloaded files change as they run."""
+    for name, shadow in list(_shadows.items()):
+        if name.partition(".")[0] != "diffusers" and name in sys.modules:
+            _fill(shadow, sys.modules[name])
 
 
 def _copied(code: types.CodeType) -> types.CodeType:
