@@ -150,7 +150,7 @@ def choose(pipe_or_model: Any, name: str) -> Preset:
         raise InvalidInputError(_no_preset(name, family, known))
     preset = fitting[0]
     level = logging.INFO if preset.weights is None else logging.WARNING
-    _logger.log(level, "%s: settings published as %s", name, preset)
+    _logger.log(level, "%ssettings published as %s", "" if name == preset.name else f"{name}: ", preset)
     return preset
 
 

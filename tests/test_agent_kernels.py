@@ -271,6 +271,35 @@ def test_calls_that_do_not_fit_are_refused():
             agent_attention(q, k, v, agents, plan, backend=backend)
 
 
+@pytest.mark.parametrize("factor", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["scale", "scale2"])
+def test_factors_that_mean_nothing(name, factor):
+    layout = LAYOUTS["text around"]
+    plan = AgentPlan.from_cells(layout, CELLS)
+    q, k, v = tensors(layout, batch=1, heads=2, head_dim=8, seed=0)
+    with pytest.raises(InvalidInputError, match=f"^{name} is {factor}"):
+        agent_attention(q, k, v, q[:, : plan.agents], plan, **{name: factor})
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_training_one_projection_goes_past_cudnn(trained, monkeypatch):
+    monkeypatch.setattr(agent, "_WITH_CUDNN", ("cpu",))
+    plan = AgentPlan.from_cells(LAYOUTS["text around"], CELLS)
+    inputs = [x.float() for x in tensors(LAYOUTS["text around"], batch=1, heads=2, head_dim=8, seed=0)]
+    agents = inputs[0][:, : plan.agents].clone()
+    inputs[trained].requires_grad_()
+    allowed, sdpa = [], F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        out = sdpa(*args, **kwargs)
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled() and out.requires_grad)
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    assert agent_attention(*inputs, agents, plan).requires_grad
+    assert not any(allowed)
+
+
 def test_training_goes_past_cudnn(monkeypatch):
     """On a GPU alone; here the choice of kernels is made as if this were one."""
     monkeypatch.setattr(agent, "_WITH_CUDNN", ("cpu",))

@@ -107,6 +107,7 @@ class TestWindow:
             (["--window", "3x3x3"], "--method neighborhood"),
             (["--simulate"], "radial does not have"),
             (["--method", "neighborhood"], "no default for window; give --density"),
+            (["--method", "paro"], "no default for calibration; give --config, with the file of"),
             (["--stride", "2"], "--stride goes with --window"),
             (["--causal", "t"], "--causal goes with --window"),
             ([*SMALL, "--key-tile", "2x2x2"], "--key-tile goes with --simulate or --search"),

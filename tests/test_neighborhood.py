@@ -103,6 +103,22 @@ def test_small_grids_are_clipped_with_a_warning_or_refused(caplog):
         NeighborhoodConfig((7, 7, 7), small_grid="error").axes(grid)
 
 
+def test_clipping_never_widens_a_window(caplog):
+    own = NeighborhoodConfig((1, 4, 4), dilation=(8, 1, 1)).axis_settings(Grid(5, 8, 8))[0]
+    assert (own.window, own.dilation) == (1, 5)
+    assert "clipped" not in caplog.text
+    thin = NeighborhoodConfig((2,), dilation=2).axis_settings(Grid(1, 1, 3))[2]
+    assert (thin.window, thin.dilation) == (2, 1)
+
+
+def test_a_window_is_solved_for_the_grid_that_is_also_its_base():
+    grid = Grid(7, 16, 16)
+    solved = NeighborhoodConfig.for_density(0.5, grid, base_grid="7X16X16")
+    assert replace(solved, base_grid=None) == NeighborhoodConfig.for_density(0.5, grid)
+    with pytest.raises(InvalidInputError, match="leave it out"):
+        NeighborhoodConfig.for_density(0.5, grid, base_grid="7x16x17")
+
+
 def test_a_clipped_window_is_told_once(caplog):
     config = NeighborhoodConfig((None, 47, 3))
     for text in range(3):

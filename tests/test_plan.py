@@ -11,12 +11,14 @@ import torch
 from plans import box_rule, metric_plan, metric_rule, random_bits_plan, truth_of
 
 from fastdiff_kernels import (
+    PARTIAL,
     BlockPlan,
     Grid,
     InvalidInputError,
     Rule,
     Span,
     TokenLayout,
+    arrange_sides,
     natural_order,
     raster_order,
     snake_order,
@@ -182,6 +184,16 @@ def test_rules_that_cannot_be_are_refused():
         Rule.box((ends[0], ends[1].flip(0), ends[2]), tuple(ends))
     with pytest.raises(InvalidInputError, match="give 1 at least for each"):
         Rule.bits(0, 4, 4)
+
+
+@pytest.mark.parametrize(("rule", "says"), [(Rule.bits(16, 16, 8), "have 8x8"), (Rule.bits(64, 32, 2), "in rows of 2")])
+def test_bitmaps_that_do_not_fit_a_word_are_refused(rule, says):
+    sides = arrange_sides(TokenLayout.self_attention(Grid(2, 8, 16)), (128, 128))
+    state = torch.full((1, 2, 2), PARTIAL)
+    with pytest.raises(InvalidInputError, match=says):
+        BlockPlan.from_states(*sides, state, rule, torch.ones(1, 2, 2, dtype=torch.int32))
+    with pytest.raises(InvalidInputError, match=r"got the shape \[1, 2, 1\]"):
+        BlockPlan.from_states(*sides, state, Rule.bits(32, 32, 4), torch.ones(1, 2, 1, dtype=torch.int32))
 
 
 def test_metric_rules_that_do_not_reach_are_refused():

@@ -104,6 +104,11 @@ class TestList:
 
 
 class TestChoice:
+    def test_by_its_own_name_it_is_told_once(self, caplog):
+        with caplog.at_level(logging.INFO, logger="fastdiff"):
+            fastdiff.apply(tiny_flux_pipeline(), "clear-flux-32")
+        assert caplog.text.count("clear-flux-32: ") == 1
+
     @pytest.mark.parametrize(
         ("build", "method", "name"),
         [

@@ -250,10 +250,16 @@ def test_what_a_density_is_solved_for_is_not_given(kind, given):
 
 @pytest.mark.parametrize("kind", [RadialConfig, NeighborhoodConfig, ClearConfig])
 def test_a_floor_above_that_of_dense_attention_is_not_to_be_asked_for(kind):
-    with pytest.raises(
-        InvalidInputError, match=r"which is [\d.]+ with .*; dense attention computes less; .* block_size"
-    ):
+    with pytest.raises(InvalidInputError, match=r"which is [\d.]+ with .*; dense attention computes less; use "):
         kind.for_density(0.5, Grid(1, 5, 5))
+
+
+@pytest.mark.parametrize("kind", [RadialConfig, NeighborhoodConfig, ClearConfig])
+def test_smaller_blocks_are_advised_where_there_are_any(kind):
+    with pytest.raises(InvalidInputError, match="a smaller block_size"):
+        kind.for_density(0.001, Grid(1, 70, 70), block_size=64)
+    with pytest.raises(InvalidInputError, match="use .*more tokens"):
+        kind.for_density(0.001, Grid(1, 70, 70), block_size=32)
 
 
 @pytest.mark.parametrize(

@@ -225,9 +225,9 @@ def check_defaults(method: str) -> None:
 
     missing = METHODS[method].required()
     if missing:
-        raise _invalid(
-            f"--method {method} has no default for {', '.join(missing)}; give --density, or say it with --config."
-        )
+        # A calibration is measured and no density can stand for it.
+        instead = "--config, with the file of `fastdiff calibrate`" if method == "paro" else "--density or --config"
+        raise _invalid(f"--method {method} has no default for {', '.join(missing)}; give {instead}.")
 
 
 def _invalid(message: str) -> Exception:

@@ -247,6 +247,8 @@ class AgentConfig(MethodConfig):
         """
         check_density(density)
         check_unknowns(settings, "agents")
+        if settings.get("bias"):
+            raise InvalidInputError("bias is of given cells and their number is solved for here; leave it out.")
         layout = TokenLayout.self_attention(grid, text_after=text_tokens)
         floor = cls(1, **settings).build_plan(layout).density()
 

@@ -178,6 +178,11 @@ def below_floor(method: str, density: float, where: object, floor: float, kept: 
     )
 
 
+def smaller_blocks(block: int, otherwise: str) -> str:
+    """The advice to take smaller blocks, or another one where there are none."""
+    return "a smaller block_size" if block > min(BLOCK_SIZES) else otherwise
+
+
 def largest_within(steps: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to `steps` that fits, where 0 does and smaller ones fit if larger ones do."""
     low, high = 0, steps

@@ -24,6 +24,7 @@ from .base import (
     is_positive,
     is_whole,
     largest_within,
+    smaller_blocks,
 )
 from .clear_planner import ClearPlan, ClearPlanner, pooled_layout
 
@@ -182,7 +183,8 @@ class ClearConfig(MethodConfig):
             return config(step).build_plan(layout).density()
 
         if reached(0) > density:
-            advice = "a smaller block_size" if settings.get("pool_factor") is None else "a larger pool_factor"
-            blocks = f"with blocks of {config(0).block_for(grid)}"
-            raise below_floor(cls.method, density, grid, reached(0), blocks, f"give {advice}")
+            block = config(0).block_for(grid)
+            pooled = settings.get("pool_factor") is not None
+            instead = f"use {'a larger pool_factor' if pooled else smaller_blocks(block, 'more tokens')}"
+            raise below_floor(cls.method, density, grid, reached(0), f"with blocks of {block}", instead)
         return config(largest_within(steps, lambda step: reached(step) <= density))

@@ -24,6 +24,7 @@ from .base import (
     check_unknowns,
     is_whole,
     largest_within,
+    smaller_blocks,
 )
 from .neighborhood_axis import AxisSetting, scaled
 
@@ -195,7 +196,7 @@ class NeighborhoodConfig(MethodConfig):
     @classmethod
     @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> NeighborhoodConfig:
-        """The largest window, of one share of every axis, whose plan stays within a density.
+        """About the largest window, of one share of every axis, whose plan stays within a density.
 
         Args:
             density: Computed share of the scores, text included, above 0 and up to 1.
@@ -208,14 +209,14 @@ class NeighborhoodConfig(MethodConfig):
         """
         check_density(density)
         check_unknowns(settings, "window")
-        if settings.get("base_grid") not in (None, str(grid)):
-            raise InvalidInputError(
-                f"base_grid is {settings['base_grid']} and the window is solved for a grid of {grid}; leave it out."
-            )
         layout = TokenLayout.self_attention(grid, text_after=text_tokens)
         sides = (grid.frames, grid.height, grid.width)
         longest = max(sides)
         whole = cls((None,) * 3, **settings)
+        if whole.base_grid not in (None, str(grid)):
+            raise InvalidInputError(
+                f"base_grid is {whole.base_grid} and the window is solved for a grid of {grid}; leave it out."
+            )
         least = [max(2, stride) for stride in whole._per_axis("stride")]
         most = [side // dilation for side, dilation in zip(sides, whole._per_axis("dilation"), strict=True)]
 
@@ -228,8 +229,8 @@ class NeighborhoodConfig(MethodConfig):
             return config(step).build_plan(layout).density()
 
         if reached(0) > density:
-            kept = "with the smallest window"
-            raise below_floor(cls.method, density, grid, reached(0), kept, "give a smaller block_size")
+            kept, advice = "with the smallest window", smaller_blocks(whole.block_size, "more tokens")
+            raise below_floor(cls.method, density, grid, reached(0), kept, f"use {advice}")
         return config(largest_within(longest, lambda step: reached(step) <= density))
 
     def axes(self, grid: Grid) -> Axes:
@@ -261,7 +262,8 @@ class NeighborhoodConfig(MethodConfig):
     ) -> AxisSetting:
         if length == 1:
             width = stride = dilation = 1
-        elif width is None:
+        elif width is None or width == 1:
+            # One key spans one token, and a whole axis all, whatever their dilation.
             dilation = min(dilation, length)
         elif width * dilation > length:
             message = (
@@ -271,7 +273,7 @@ class NeighborhoodConfig(MethodConfig):
             if self.small_grid == "error":
                 raise InvalidInputError(f"{message}; give a smaller window or dilation, None, or small_grid='warn'.")
             dilation = min(dilation, max(1, length // 2))
-            width = length // dilation
+            width = min(width, length // dilation)
             stride = min(stride, width)
             _warn_once(f"{message}; clipped to a window of {width} with dilation {dilation}.")
         return AxisSetting(length, width, stride, dilation, causal)

@@ -21,6 +21,7 @@ from .base import (
     check_number,
     check_unknowns,
     largest_within,
+    smaller_blocks,
 )
 from .radial_reference import reference_plan
 
@@ -104,7 +105,7 @@ class RadialConfig(MethodConfig):
         return BlockPlan.from_rule(layout, rule, block_q=block, block_k=block, grid_order=centred(order))
 
     def block_for(self, grid: Grid) -> int:
-        """The block size on this grid: below 8,192 tokens at most 64, below 4,096 at most 32."""
+        """The block size on this grid, but in mode reference: below 8,192 tokens at most 64, below 4,096 at most 32."""
         return block_on(grid, self.block_size)
 
     def widths(self, grid: Grid) -> torch.Tensor:
@@ -158,8 +159,9 @@ class RadialConfig(MethodConfig):
                     return replace(config, **{name: largest_within(_STEPS, within) / _STEPS})
                 config = lowest
         floor = reached(config)
-        blocks, instead = f"with blocks of {config.block_for(grid)}", "use more frames or a smaller block_size"
-        raise below_floor(cls.method, density, grid, floor, blocks, instead)
+        block = config.block_size if config.mode == "reference" else config.block_for(grid)
+        instead = f"use more frames or {smaller_blocks(block, 'more tokens a frame')}"
+        raise below_floor(cls.method, density, grid, floor, f"with blocks of {block}", instead)
 
 
 def disc_limits(grid: Grid, widths: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,9 @@ def agent_attention(
             raise InvalidInputError(f"plan is of type {type(plan).__name__}; give an AgentPlan.")
         check_call(q, k, v, plan, key_mask)
         _check_agents(q, agents, plan, shortcut, bias)
+        for name, factor in (("scale", scale), ("scale2", scale2)):
+            if factor is not None and not (math.isfinite(factor) and factor):
+                raise InvalidInputError(f"{name} is {factor}; give a finite number other than 0.")
     chosen = agent_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     scale2 = scale if scale2 is None else float(scale2)
@@ -182,7 +186,8 @@ def _fused(q, k, v, mask, scale, bias):
 
 
 def _sdpa(q, k, v, mask, scale):
-    if not (torch.is_grad_enabled() and q.requires_grad and q.device.type in _WITH_CUDNN):
+    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not (wants_gradients and q.device.type in _WITH_CUDNN):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     # cuDNN's gradients may be NaN at lengths that do not suit it (NVIDIA/cudnn-frontend issue 160), and agents and
     # text come in any number; torch prefers cuDNN on Hopper.

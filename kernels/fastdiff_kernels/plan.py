@@ -133,8 +133,10 @@ class BlockPlan:
         full = (state == FULL) & ~padded & seen
         extra = {}
         if rule.kind == RuleKind.BITS:
-            if bits is None:
-                raise InvalidInputError("a BITS rule needs the bitmaps of its partial blocks.")
+            if bits is None or bits.shape != state.shape:
+                given = "none" if bits is None else f"the shape {list(bits.shape)}"
+                raise InvalidInputError(f"a BITS rule needs a bitmap of each block, {list(state.shape)}; got {given}.")
+            _check_word(rule, query.block, key.block)
             extra["bits"] = torch.where(state == FULL, -1, bits)[partial].to(torch.int32)
         return cls(query, key, BlockList.from_mask(full), BlockList.from_mask(partial), rule, **extra)
 
@@ -291,6 +293,16 @@ class BlockPlan:
         rows = torch.arange(self.query.block, device=words.device) // query_side
         place = rows[:, None] * columns + torch.arange(self.key.block, device=words.device) // key_side
         return (words[:, None, None] >> place & 1).bool()
+
+
+def _check_word(rule: Rule, block_q: int, block_k: int) -> None:
+    query_side, key_side, columns = rule.parameters.tolist()
+    rows, needed = -(-block_q // query_side), -(-block_k // key_side)
+    if columns < needed or (rows - 1) * columns + needed > 32:
+        raise InvalidInputError(
+            f"a bitmap has 32 bits, and blocks of {block_q}x{block_k} have {rows}x{needed} sub-blocks of "
+            f"{query_side}x{key_side} in rows of {columns}; give larger sub-blocks, and columns for all."
+        )
 
 
 def _may_see(query: Side, key: Side) -> torch.Tensor:

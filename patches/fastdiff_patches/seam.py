@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models import attention_dispatch
 
 from fastdiff_kernels import UnsupportedError
@@ -62,9 +64,18 @@ class _Here(threading.local):
         """The layer whose processor is running, if the attention call is for it."""
         if self.layer is None or not self.layer.takes(queries, keys, parallel):
             return None
+        if not torch.compiler.is_compiling() and _scores_are_skipped():
+            self.layer.reach()
+            return None
         if self.watched:
             self.layer.reach()
         return self.layer
+
+
+def _scores_are_skipped() -> bool:
+    """Whether diffusers wants the values for the output here (perturbed-attention guidance), by a mode over SDPA."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in modes)
 
 
 _here = _Here()
@@ -234,7 +245,17 @@ def _adopted_class(cls: type) -> type:
         }
         # Some of diffusers' checks read the class name, so it stays.
         _adopted[cls] = type(cls.__name__, (cls,), members)
+        _register(_adopted[cls], cls)
     return _adopted[cls]
+
+
+def _register(own: type, cls: type) -> None:
+    """Makes our class known to diffusers' hooks (layer skipping) where they know the class that it stands for."""
+    try:
+        known = AttentionProcessorRegistry.get(cls)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(own, known)
 
 
 def _revive(cls: type, state: dict[str, Any]) -> Any:
