@@ -163,6 +163,19 @@ def test_processors_that_were_put_back_are_undone_too(pipe):
     assert {type(one) for one in pipe.transformer.attn_processors.values()} == {WanAttnProcessor}
 
 
+def test_some_that_were_put_back_go_on(pipe):
+    fastdiff.apply(pipe, NARROW)
+    sparse, module = video(pipe), pipe.transformer.blocks[0].attn1
+    ours, module.processor = module.processor, WanAttnProcessor()
+    assert not torch.equal(video(pipe), sparse)
+    video(pipe, height=64)
+    module.processor = ours
+    video(pipe, height=64)
+    assert torch.equal(video(pipe), sparse)
+    fastdiff.remove(pipe)
+    assert type(module.processor) is WanAttnProcessor
+
+
 def test_a_run_without_a_sparse_step_says_so(pipe, caplog):
     fastdiff.apply(pipe, NARROW, dense_steps=3)
     with caplog.at_level(logging.WARNING, logger="fastdiff"):

@@ -124,6 +124,7 @@ class Attachment:
         current = find(model)
         before = {b.module: b.original for b in current.bindings if b.stands()} if current is not None else {}
         self.bindings: list[Binding] = []
+        self._replaced: list[Binding] = []
         for index, (name, module) in enumerate(modules.items()):
             layer = Layer(index, name, *heads_of(module), planner, backend, self.family)
             original = before.get(module, seam.stock(module.processor))
@@ -142,7 +143,7 @@ class Attachment:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         copied = memo[id(self)] = copy.copy(self)
-        for name in ("steps", "bindings", "seen", "_handle"):
+        for name in ("steps", "bindings", "_replaced", "seen", "_handle"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 
@@ -165,7 +166,7 @@ class Attachment:
         """Puts the original processors back where ours still stand, and stops."""
         for binding in self.bindings:
             binding.release()
-        self.bindings = []
+        self.bindings, self._replaced = [], []
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -280,7 +281,17 @@ class Attachment:
         self._run = run, step
 
     def _follow(self, model: nn.Module) -> None:
-        """Sees which modules hold our processors: users set others, and some of diffusers' calls do so too."""
+        """Sees which modules hold our processors: users set others, and some of diffusers' calls do so too.
+
+        Some put ours back afterwards (perturbed-attention guidance).
+        """
+        back = [binding for binding in self._replaced if binding.stands()]
+        for binding in back:
+            binding.prepare(model)
+            self._replaced.remove(binding)
+            # Layouts that came while it was away have no place for it.
+            self.seen.clear()
+        self.bindings = sorted([*self.bindings, *back], key=lambda binding: binding.layer.index)
         lost = []
         for binding in self.bindings:
             binding.follow()
@@ -293,9 +304,10 @@ class Attachment:
         for binding in lost:
             binding.release()
         self.bindings = [binding for binding in self.bindings if binding not in lost]
+        self._replaced += lost
         _logger.warning(
             "%d of the attention processors that fastdiff had set on %s were replaced by others (%s ...); these layers "
-            "are left alone from now on. Call fastdiff.apply again to make them sparse.",
+            "are left alone until ours are put back. Call fastdiff.apply again to make them sparse.",
             len(lost),
             type(model).__name__,
             lost[0].name,
