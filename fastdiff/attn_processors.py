@@ -84,7 +84,7 @@ class MethodAttnProcessor(Marker):
     Args:
         config: The method's config; or leave it out and give its fields by name (`decay_factor=0.2`).
         dense_layers: Layers that stay dense, as for `fastdiff.apply`.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference"; "flex" and "fa4" where they are installed.
         dense_steps: Not possible here.
 
     Raises:
@@ -98,7 +98,7 @@ class MethodAttnProcessor(Marker):
         self,
         config: MethodConfig | None = None,
         *,
-        dense_layers: int | list[int] = 0,
+        dense_layers: int | float | list[int] = 0,
         backend: str = "auto",
         dense_steps: int | list[int] | None = None,
         **fields: Any,

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import paro_plans
+import peft
 import pytest
 import torch
 from fake_planner import Watching, put_on, rotated
@@ -270,6 +271,16 @@ def test_derived_classes_are_found():
 def test_unknown_models_are_refused_with_the_way_out():
     with pytest.raises(UnsupportedError, match=r"Linear is not described.*layout=lambda inputs: .*Wan"):
         families.family_of(torch.nn.Linear(1, 1))
+
+
+def test_wrapped_models_are_refused_with_what_to_give():
+    model = tiny_wan(layers=1)
+    with pytest.raises(UnsupportedError, match=r"DataParallel wraps the model; give \.module of it"):
+        fastdiff.apply(torch.nn.DataParallel(model), fastdiff.RadialConfig())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(UnsupportedError, match=r"PeftModel wraps the model; give \.get_base_model\(\) of it"):
+        fastdiff.apply(adapted, fastdiff.RadialConfig())
+    fastdiff.apply(adapted.get_base_model(), fastdiff.RadialConfig())
 
 
 def test_a_family_whose_modules_are_missing_is_refused():

@@ -21,7 +21,7 @@ class Extras(NamedTuple):
     Attributes:
         scale: Factor on the scores, None for 1/sqrt(head_dim).
         key_mask: bool `[batch, key tokens]`, False for keys that nobody sees, or None.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto" or one that `fastdiff_kernels.attention` takes.
         parameters: The module that `Planner.parameters` made for this layer, or None.
         inputs: What the planner needs, by name; see `NEEDS`. A dict of this call alone, in which `enter`, `attend`
             and `leave` may hand each other what they like.

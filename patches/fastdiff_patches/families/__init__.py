@@ -53,6 +53,12 @@ def family_of(
             "their square, and it has no scores to leave out. Use the model as it is."
         )
     if family is None and told is None:
+        inner = "module" if isinstance(getattr(model, "module", None), nn.Module) else "get_base_model()"
+        if inner == "module" or hasattr(model, "get_base_model"):
+            raise UnsupportedError(
+                f"{type(model).__name__} wraps the model; give .{inner} of it, and before it is wrapped where the "
+                "method learns parameters."
+            )
         raise UnsupportedError(
             f"{type(model).__name__} is not described, so where its tokens stand is not known. Describe it: "
             "fastdiff.apply(model, config, layout=lambda inputs: TokenLayout.self_attention(Grid(frames, height, "
