@@ -57,6 +57,9 @@ def write_pipeline(pipe: DiffusionPipeline, folder: Path, max_bytes: int) -> Non
     # transformers 5 writes the new name of this class, which version 4 does not have; both know the old one.
     for file in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    # transformers 5 loads in the dtype that the configuration names, diffusers in float32; they must agree.
+    for file in folder.glob("text_encoder*/config.json"):
+        file.write_text(file.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
     for file in folder.glob("text_encoder*/model.safetensors"):
         if "CLIPTextModel" in (file.parent / "config.json").read_text():
             _prefix_names(file)

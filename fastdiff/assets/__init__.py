@@ -79,8 +79,7 @@ EMBEDDED = {
 def pipeline_path(name: str) -> Path:
     """The folder of an embedded pipeline, as `from_pretrained` takes it.
 
-    Give that a `torch_dtype`: without one, newer versions of transformers load the text encoder in the dtype of its
-    file and diffusers the rest in float32, which do not go together.
+    Without a `torch_dtype` all its parts load in float32.
 
     Raises:
         InvalidInputError: If there is no embedded pipeline of this name, or the installation lacks its files.
