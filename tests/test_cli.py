@@ -173,6 +173,13 @@ class TestCompare:
 
 
 class TestBadInput:
+    def test_a_default_density_that_the_size_does_not_allow_is_told_from_one_that_was_given(self, fails):
+        words = ["generate", "--num-frames", "5", "--steps", "1", "--device", "cpu"]
+        assert "is the default for tiny-wan; --density" in fails(*words)
+        line = fails(*words, "--density", "0.01")
+        assert "density 0.01 is below" in line
+        assert "default" not in line
+
     @pytest.mark.parametrize(
         ("words", "says"),
         [

@@ -246,6 +246,7 @@ class TestSizes:
             ("sd", ["--method", "paro"], "give --density"),
             ("sd", ["--method", "paro", "--config", '{"calibration": "none.safetensors"}'], "none.safetensors"),
             ("sd", ["--method", "paro", "--density", "0.001"], "floor of paro"),
+            ("wan", ["--method", "radial", "--num-frames", "5", "--density", "0.001"], "floor of radial"),
         ],
     )
     def test_refuses(self, folders, fails, tmp_path, monkeypatch, kind, more, says):

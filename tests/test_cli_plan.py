@@ -109,6 +109,7 @@ class TestWindow:
             (["--method", "neighborhood"], "no default for window; give --density"),
             (["--method", "paro"], "no default for calibration; give --config, with the file of"),
             (["--stride", "2"], "--stride goes with --window"),
+            (["--query", "0,0,0"], "--query goes with --out"),
             (["--causal", "t"], "--causal goes with --window"),
             ([*SMALL, "--key-tile", "2x2x2"], "--key-tile goes with --simulate or --search"),
             ([*SMALL, "--attention-share", "0.5"], "--attention-share goes with"),
@@ -214,8 +215,9 @@ class TestText:
 
 
 @pytest.mark.parametrize("query", ["1,2", "1,2,3,4", "5,0,0", "0,0,-1", "a,0,0", ""])
-def test_a_query_that_is_not_there(fails, query):
-    assert "frame, row and column" in fails("plan", "--grid", "5x8x8", "--query", query)
+def test_a_query_that_is_not_there(fails, query, tmp_path):
+    words = ["--grid", "5x8x8", "--out", str(tmp_path / "plan.png")]
+    assert "frame, row and column" in fails("plan", *words, "--query", query)
 
 
 def test_help_names_every_method(capsys):

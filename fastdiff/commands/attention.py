@@ -87,8 +87,17 @@ def config_for(pipe: Any, request: Request, job: Job, calibration: Path) -> Any:
         prompt = next(prompt for prompt in prompts if prompt != job.prompt)
         with stage(f"Calibrating paro by a dense run of “{prompt}”"):
             return calibrated(pipe, job, request.solve_for, [prompt], calibration)
+    from fastdiff_kernels import InvalidInputError
+
     layout = finest_layer(pipe, job.grid, job.text_tokens).layout
-    return settings_for(request.method, request.config, request.solve_for, layout.grid, job.text_tokens)
+    try:
+        return settings_for(request.method, request.config, request.solve_for, layout.grid, job.text_tokens)
+    except InvalidInputError as error:
+        if request.density is not None or request.solve_for is None:
+            raise
+        raise InvalidInputError(
+            f"{error} That density is the default for {request.model}; --density or --config says another."
+        ) from error
 
 
 def calibrated(pipe: Any, job: Job, density: float, prompts: list[str], path: Path) -> Any:

@@ -215,8 +215,8 @@ def _method_of(config: str | None, default: str) -> str:
     return default if config is None else load_config(config, default).method
 
 
-def check_defaults(method: str) -> None:
-    """Whether a method can do without settings.
+def check_defaults(method: str, instead: str = "--density, or say it with --config") -> None:
+    """Whether a method can do without settings; if not, what to give `instead` is said.
 
     Raises:
         InvalidInputError: If it cannot; it names what has no default.
@@ -225,8 +225,6 @@ def check_defaults(method: str) -> None:
 
     missing = METHODS[method].required()
     if missing:
-        # A calibration is measured and no density can stand for it.
-        instead = "--config, with the file of `fastdiff calibrate`" if method == "paro" else "--density or --config"
         raise _invalid(f"--method {method} has no default for {', '.join(missing)}; give {instead}.")
 
 

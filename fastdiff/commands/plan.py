@@ -90,6 +90,7 @@ def _check(options: dict[str, Any]) -> None:
         raise InvalidInputError("--method is dense; a plan belongs to a sparse method.")
     _only_with(options, ["window"], ("stride", "dilation", "causal"))
     _only_with(options, ["simulate", "search"], ("query_tile", "key_tile", "attention_share"))
+    _only_with(options, ["out"], ("query",))
     if options["window"] is not None and (options["config"] is not None or options["density"] is not None):
         raise InvalidInputError("--window excludes --config and --density; give one of them.")
     for name in ("text", "text_after", "layer", "head"):
@@ -118,7 +119,8 @@ def _settings(options: dict[str, Any], grid: Grid) -> Any:
     """The method's config, from --config, --window, --density, or its defaults."""
     method, text = options["method"], options["text"] + options["text_after"]
     if options["window"] is None and options["config"] is None and options["density"] is None:
-        o.check_defaults(method)
+        # A calibration is measured in a run, and here is none.
+        o.check_defaults(method, *(["--config, with the file of `fastdiff calibrate`"] if method == "paro" else []))
     if options["window"] is None:
         settings = o.read_config(method, options["config"])
     else:
