@@ -231,13 +231,12 @@ def settings_from(
     Raises:
         InvalidInputError: If one of them is out of range, or what stays dense is said twice.
     """
-    from fastdiff_kernels.attention import BACKENDS
+    from fastdiff_kernels.attention import check_backend
 
     from . import published
     from .methods import load_config
 
-    if backend not in BACKENDS:
-        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+    check_backend(backend)
     told = {"first_steps": dense_steps, "layers": dense_layers}
     told = {name: value for name, value in told.items() if value is not None}
     if schedule is not None and (not isinstance(schedule, DenseSchedule) or DenseSchedule(**told) != DenseSchedule()):

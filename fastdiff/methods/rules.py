@@ -165,7 +165,8 @@ class RulesConfig(MethodConfig):
                 check_range(f"layers of rule {place}", rule.layers, layers, f"this model has {layers} layers")
 
     def in_one_step(self) -> tuple[MethodConfig, ...]:
-        alone = (replace(rule, config=part, steps=None) for rule in self.rules for part in _in_one_step(rule))
+        sparse = (rule for rule in self.rules if not rule.is_dense)
+        alone = (replace(rule, config=part, steps=None) for rule in sparse for part in rule.config.in_one_step())
         return tuple(dict.fromkeys(RulesConfig((rule,)) for rule in alone))
 
     def build_plan(self, layout: TokenLayout) -> BlockPlan | None:
@@ -217,10 +218,6 @@ def _config(given: Any) -> MethodConfig | str:
             "and not in each other."
         )
     return config
-
-
-def _in_one_step(rule: Rule) -> tuple[MethodConfig, ...]:
-    return () if rule.is_dense else rule.config.in_one_step()
 
 
 def _part(name: str, given: Any) -> Choice | tuple[float, float] | None:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .agent_plan import AgentPlan
 from .agent_spans import Ranges
-from .attention import BACKENDS, GUESTS
+from .attention import GUESTS, check_backend
 from .errors import InvalidInputError, UnsupportedError
 from .ops import check_call
 
@@ -104,10 +104,9 @@ def agent_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     scale2 = scale if scale2 is None else float(scale2)
     attend = _explicit if chosen == "reference" else _fused
-    if chosen == "reference" and q.dtype != torch.float64:
-        dtype, (q, k, v, agents) = q.dtype, (x.float() for x in (q, k, v, agents))
-    else:
-        dtype = q.dtype
+    dtype = q.dtype
+    if chosen == "reference" and dtype != torch.float64:
+        q, k, v, agents = (x.float() for x in (q, k, v, agents))
 
     q, k, v, agents = (x.transpose(1, 2) for x in (q, k, v, agents))
     sees = [_tokens(x, plan.spans.seen) for x in (k, v)]
@@ -149,8 +148,7 @@ def agent_backend(backend: str) -> str:
         InvalidInputError: If there is no such backend.
         UnsupportedError: If it is one that has no kernel for it.
     """
-    if backend not in BACKENDS:
-        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+    check_backend(backend)
     if backend in ("triton", *GUESTS):
         raise UnsupportedError(f"backend {backend!r} has no kernel for agent attention; use backend='auto' or 'torch'.")
     return "torch" if backend == "auto" else backend

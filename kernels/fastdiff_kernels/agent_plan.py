@@ -103,10 +103,6 @@ class AgentPlan:
     def __deepcopy__(self, memo) -> AgentPlan:
         return self
 
-    def __reduce__(self):
-        tensors = (self.cells, self.corners, self.sizes, self.centres, self.axes, self.shares)
-        return AgentPlan, (self.spans, self.cell_grid, *tensors)
-
     @torch.inference_mode(False)
     def to(self, device) -> AgentPlan:
         """The same plan on another device (itself, if it is there)."""

@@ -93,6 +93,12 @@ def _refuse_tangents(*tensors: torch.Tensor) -> None:
         )
 
 
+def check_backend(backend: str) -> None:
+    """Raises InvalidInputError unless there is a backend of this name."""
+    if backend not in BACKENDS:
+        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+
+
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that will run: any of `BACKENDS` but `"auto"`.
 
@@ -101,8 +107,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
         UnsupportedError: If it was asked for by name and cannot run here.
         MissingDependencyError: If triton or FlashAttention-4 is asked for and not installed.
     """
-    if backend not in BACKENDS:
-        raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
+    check_backend(backend)
     if backend in ("torch", "reference"):
         return backend
     if backend in GUESTS:
