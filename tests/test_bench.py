@@ -199,11 +199,20 @@ def test_a_reorder_that_loses_tokens_is_not_timed(monkeypatch):
         reorder.there_and_back(inputs, plan, "it")
 
 
+def test_every_block_stands_in_token_order():
+    plan = shapes.EveryBlock().build_plan(TokenLayout.self_attention(Grid(4, 9, 20), text_before=26))
+    assert plan.key.in_token_order
+    assert plan.density() == pytest.approx((6 * 128 / 746) ** 2)
+    q, k, v = (torch.randn(1, 746, 2, 16) for _ in range(3))
+    dense = rivals.dense_kernels("cpu")["torch SDPA"](q, k, v)
+    torch.testing.assert_close(attention(q, k, v, plan), dense, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [
         (NeighborhoodConfig((None, 10, 10), stride=(1, 2, 2)), "neighborhood allx10x10, stride 1x2x2"),
-        (NeighborhoodConfig((None, None)), "every block"),
+        (shapes.EveryBlock(), "every block"),
         (RadialConfig(decay_factor=0.2, mode="reference"), "radial reference, decay 0.2, near 1"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.methods import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig
+from fastdiff.methods import AgentConfig, ClearConfig, RadialConfig
 from fastdiff_kernels import (
     AgentPlan,
     BlockPlan,
@@ -28,7 +28,7 @@ from fastdiff_patches.planner import Extras
 
 from .record import milliseconds
 from .rivals import Attend, FA4Blocks, FlexBlocks, dense_kernels, why_missing
-from .shapes import RandomBlocks, RandomParo, Shape
+from .shapes import EveryBlock, RandomBlocks, RandomParo, Shape
 from .truth import check_agents, check_gradients, check_output
 
 REORDER = "reorder: gather of q, k and v, scatter of the output"
@@ -207,7 +207,7 @@ def name_of(config: Any) -> str:
         return "paro, random blocks"
     if isinstance(config, RandomBlocks):
         return "random blocks for each head"
-    if isinstance(config, NeighborhoodConfig) and set(config.window) == {None}:
+    if isinstance(config, EveryBlock):
         return "every block"
     sides = [side for side in (config.window, config.stride) if isinstance(side, tuple)]
     texts = ["x".join("all" if width is None else str(width) for width in side) for side in sides]

@@ -43,6 +43,18 @@ class RandomBlocks:
 
 
 @dataclass(frozen=True)
+class EveryBlock:
+    """All blocks of 128 tokens in their own order, text and grid without padding between them: dense attention."""
+
+    def build_plan(self, layout: TokenLayout) -> BlockPlan:
+        query, key = arrange_sides(layout, (128, 128), aligned=False)
+        return BlockPlan.from_states(query, key, torch.full((1, query.blocks, key.blocks), FULL), Rule.none())
+
+
+_Config = MethodConfig | RandomParo | RandomBlocks | EveryBlock
+
+
+@dataclass(frozen=True)
 class Shape:
     """One attention call.
 
@@ -60,7 +72,7 @@ class Shape:
     grid: Grid
     heads: int
     head_dim: int
-    configs: Callable[[], tuple[MethodConfig | RandomParo | RandomBlocks, ...]]
+    configs: Callable[[], tuple[_Config, ...]]
     dtype: torch.dtype = torch.bfloat16
     text: int = 0
     backward: bool = False
@@ -77,12 +89,11 @@ class Shape:
 
 _WAN, _HUNYUAN, _COG = Grid(21, 45, 80), Grid(30, 48, 80), Grid(13, 30, 45)
 _PICTURE_4K, _PICTURE_8K = Grid(1, 256, 256), Grid(1, 512, 512)
-_WHOLE = NeighborhoodConfig((None, None, None))
 
 
-def _on_wan() -> tuple[MethodConfig | RandomBlocks, ...]:
+def _on_wan() -> tuple[_Config, ...]:
     tiled, reference = (RadialConfig.for_density(0.2, _WAN, mode=mode) for mode in ("tiled", "reference"))
-    return tiled, RadialConfig(decay_factor=0.2), reference, RandomBlocks(40, 0.2), _WHOLE
+    return tiled, RadialConfig(decay_factor=0.2), reference, RandomBlocks(40, 0.2), EveryBlock()
 
 
 def _boxes(window: tuple[int, ...], stride: tuple[int, ...]) -> tuple[MethodConfig, ...]:
@@ -133,7 +144,7 @@ GPU_SHAPES: tuple[Shape, ...] = (
         _COG,
         48,
         64,
-        lambda: (RadialConfig.for_density(0.3, _COG, text_tokens=226), RandomParo(48, 0.3), _WHOLE),
+        lambda: (RadialConfig.for_density(0.3, _COG, text_tokens=226), RandomParo(48, 0.3), EveryBlock()),
         text=226,
     ),
     Shape(
@@ -144,7 +155,10 @@ GPU_SHAPES: tuple[Shape, ...] = (
         40,
         lambda: (AgentConfig((32, 32), steps=(0.0, 1.0)),),
     ),
-    *(Shape(f"head-dim-{dim}", "another head dim", _COG, 24, dim, lambda: (_WHOLE,)) for dim in (40, 48, 80, 96, 256)),
+    *(
+        Shape(f"head-dim-{dim}", "another head dim", _COG, 24, dim, lambda: (EveryBlock(),))
+        for dim in (40, 48, 80, 96, 256)
+    ),
 )
 
 _SMALL = Grid(32, 16, 16)
