@@ -215,8 +215,8 @@ def _method_of(config: str | None, default: str) -> str:
     return default if config is None else load_config(config, default).method
 
 
-def check_defaults(method: str, instead: str = "--density, or say it with --config") -> None:
-    """Whether a method can do without settings; if not, what to give `instead` is said.
+def check_defaults(method: str) -> None:
+    """Whether a method can do without settings.
 
     Raises:
         InvalidInputError: If it cannot; it names what has no default.
@@ -225,7 +225,9 @@ def check_defaults(method: str, instead: str = "--density, or say it with --conf
 
     missing = METHODS[method].required()
     if missing:
-        raise _invalid(f"--method {method} has no default for {', '.join(missing)}; give {instead}.")
+        raise _invalid(
+            f"--method {method} has no default for {', '.join(missing)}; give --density, or say it with --config."
+        )
 
 
 def _invalid(message: str) -> Exception:

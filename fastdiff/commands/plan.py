@@ -88,6 +88,8 @@ def _check(options: dict[str, Any]) -> None:
     o.check_settings(options["method"], options["config"], options["density"])
     if options["method"] == "dense":
         raise InvalidInputError("--method is dense; a plan belongs to a sparse method.")
+    if options["method"] == "paro" and options["config"] is None:
+        raise InvalidInputError("--method paro needs a calibration; give --config, with a file of fastdiff calibrate.")
     _only_with(options, ["window"], ("stride", "dilation", "causal"))
     _only_with(options, ["simulate", "search"], ("query_tile", "key_tile", "attention_share"))
     _only_with(options, ["out"], ("query",))
@@ -119,8 +121,7 @@ def _settings(options: dict[str, Any], grid: Grid) -> Any:
     """The method's config, from --config, --window, --density, or its defaults."""
     method, text = options["method"], options["text"] + options["text_after"]
     if options["window"] is None and options["config"] is None and options["density"] is None:
-        # A calibration is measured in a run, and here is none.
-        o.check_defaults(method, *(["--config, with the file of `fastdiff calibrate`"] if method == "paro" else []))
+        o.check_defaults(method)
     if options["window"] is None:
         settings = o.read_config(method, options["config"])
     else:
