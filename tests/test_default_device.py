@@ -12,6 +12,8 @@ from tiny_picture_models import tiny_unet, unet_inputs
 
 import fastdiff
 from fastdiff import AgentConfig, ClearConfig, NeighborhoodConfig, RadialConfig, Rule, RulesConfig
+from fastdiff.methods.paro import paro_plan
+from fastdiff.methods.paro_file import blocks_of
 from fastdiff_kernels import Grid, TokenLayout
 from fastdiff_kernels import Rule as BlockRule
 
@@ -39,6 +41,16 @@ def test_plans_are_built_on_the_cpu(config, layout):
     for field in dataclasses.fields(same):
         value = getattr(same, field.name)
         assert not isinstance(value, torch.Tensor) or value.device.type == "cpu", field.name
+
+
+def test_plans_of_a_calibration():
+    blocks = blocks_of(VIDEO.grid)
+    mask = torch.rand(2, blocks, blocks) < 0.5
+    plan = paro_plan(VIDEO, [0, 3], mask)
+    with torch.device("meta"):
+        same = paro_plan(VIDEO, [0, 3], mask)
+    assert torch.equal(same.query.order, plan.query.order)
+    assert torch.equal(same.full.indices, plan.full.indices)
 
 
 def test_kernels_find_their_tables():

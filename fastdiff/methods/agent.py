@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fastdiff_kernels import AgentPlan, Grid, InvalidInputError, TokenLayout, UnsupportedError
 from fastdiff_kernels.agent_spans import AgentSpans
-from fastdiff_kernels.on_cpu import on_cpu
 
 from .base import (
     MethodConfig,
@@ -205,7 +204,6 @@ class AgentConfig(MethodConfig):
             return f"with so much beside the grid of {grid}, {asked} agents reach a density of {density:.3f}, {slower}"
         return None
 
-    @on_cpu
     def build_plan(self, layout: TokenLayout) -> AgentPlan:
         """The plan for one layout, on the CPU.
 
@@ -232,7 +230,6 @@ class AgentConfig(MethodConfig):
         return min(int(grid.tokens * self.merge_ratio), grid.tokens - cells.tokens)
 
     @classmethod
-    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> AgentConfig:
         """The largest number of agents whose plan stays within a density, in the steps in which they act.
 

@@ -153,7 +153,6 @@ class ClearConfig(MethodConfig):
         return math.sqrt(math.log(tokens) / math.log(self.train_tokens))
 
     @classmethod
-    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> ClearConfig:
         """The largest radius whose plan stays within a density; whole blocks may leave it well below.
 

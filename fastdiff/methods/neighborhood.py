@@ -194,7 +194,6 @@ class NeighborhoodConfig(MethodConfig):
         )
 
     @classmethod
-    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> NeighborhoodConfig:
         """About the largest window, of one share of every axis, whose plan stays within a density.
 

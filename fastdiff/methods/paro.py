@@ -10,7 +10,6 @@ import torch
 
 from fastdiff_kernels import EMPTY, FULL, BlockPlan, Grid, InvalidInputError, Rule, TokenLayout, UnsupportedError
 from fastdiff_kernels.axis_order import sides_by_head
-from fastdiff_kernels.on_cpu import on_cpu
 
 from .base import MethodConfig, check_density
 from .paro_file import BLOCK, Calibration, LayerMasks, calibration_at
@@ -54,7 +53,6 @@ class ParoConfig(MethodConfig):
                 f"calibration is {self.calibration!r}; give the path of a file that fastdiff calibrate wrote."
             )
 
-    @on_cpu
     def build_plan(self, layout: TokenLayout) -> BlockPlan:
         """The plan of the first layer in the last group of steps, on the CPU.
 
@@ -74,7 +72,6 @@ class ParoConfig(MethodConfig):
         return calibration_at(self.calibration).groups > 1
 
     @classmethod
-    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> ParoConfig:
         """PARO has no settings to solve for: a density is reached by calibrating a model at it.
 

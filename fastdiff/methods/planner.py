@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable
 import torch
 
 from fastdiff_kernels import BlockPlan, TokenLayout, attention, choose_backend
-from fastdiff_kernels.on_cpu import on_cpu
 
 from .base import MethodConfig
 
@@ -29,7 +28,7 @@ class PlanCache:
     def get(self, key: Hashable, build: Callable[[], BlockPlan]) -> BlockPlan:
         with self._lock:
             if key not in self._plans:
-                self._plans[key] = on_cpu(build)()
+                self._plans[key] = build()
                 held = sum(plan.nbytes for plan in self._plans.values())
                 while held > self.limit_bytes and len(self._plans) > 1:
                     held -= self._plans.popitem(last=False)[1].nbytes

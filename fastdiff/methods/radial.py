@@ -105,8 +105,8 @@ class RadialConfig(MethodConfig):
         return BlockPlan.from_rule(layout, rule, block_q=block, block_k=block, grid_order=centred(order))
 
     def block_for(self, grid: Grid) -> int:
-        """The block size on this grid, but in mode reference: below 8,192 tokens at most 64, below 4,096 at most 32."""
-        return block_on(grid, self.block_size)
+        """The block size on this grid: below 8,192 tokens at most 64, below 4,096 at most 32, but in mode reference."""
+        return self.block_size if self.mode == "reference" else block_on(grid, self.block_size)
 
     def widths(self, grid: Grid) -> torch.Tensor:
         """For each distance in frames the width w, int64 `[frames]`: blocks fewer than w tokens apart are computed.
@@ -124,7 +124,6 @@ class RadialConfig(MethodConfig):
         return torch.tensor(widths[: grid.frames])
 
     @classmethod
-    @on_cpu
     def for_density(cls, density: float, grid: Grid, *, text_tokens: int = 0, **settings) -> RadialConfig:
         """The least sparse config whose plan stays within a density; whole blocks may leave it well below.
 
@@ -159,7 +158,7 @@ class RadialConfig(MethodConfig):
                     return replace(config, **{name: largest_within(_STEPS, within) / _STEPS})
                 config = lowest
         floor = reached(config)
-        block = config.block_size if config.mode == "reference" else config.block_for(grid)
+        block = config.block_for(grid)
         instead = f"use more frames or {smaller_blocks(block, 'more tokens a frame')}"
         raise below_floor(cls.method, density, grid, floor, f"with blocks of {block}", instead)
 

@@ -332,7 +332,6 @@ def plan_of(handle: torch.Tensor) -> BlockPlan:
     return plan
 
 
-@on_cpu
 def arrange_sides(
     layout: TokenLayout, blocks: tuple[int, int], grid_order: GridOrder = natural_order, aligned: bool = True
 ) -> tuple[Side, Side]:
@@ -342,7 +341,6 @@ def arrange_sides(
     return query, key
 
 
-@on_cpu
 def visibility_bits(layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns 3 and 4 of the query table and of the key table for each span, int32 `[spans, 2]`."""
     query = [
@@ -350,4 +348,5 @@ def visibility_bits(layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
         for row in layout.visibility
     ]
     key = [[0 if span.kind == "pad" else 1 << k, 0] for k, span in enumerate(layout.key)]
-    return torch.tensor(query, dtype=torch.int32), torch.tensor(key, dtype=torch.int32)
+    query, key = (torch.tensor(bits, dtype=torch.int32, device="cpu") for bits in (query, key))
+    return query, key

@@ -25,7 +25,6 @@ from enum import IntEnum
 import torch
 
 from .errors import InvalidInputError
-from .on_cpu import on_cpu
 
 
 class RuleKind(IntEnum):
@@ -47,12 +46,10 @@ class Rule:
     parameters: torch.Tensor
 
     @classmethod
-    @on_cpu
     def none(cls) -> Rule:
-        return cls(RuleKind.NONE, torch.zeros(1, dtype=torch.int32))
+        return cls(RuleKind.NONE, torch.zeros(1, dtype=torch.int32, device="cpu"))
 
     @classmethod
-    @on_cpu
     def metric(cls, limits: torch.Tensor, *, a: int = 1, b: int = 1, sink_frames: int = 0) -> Rule:
         """`limits[d]` bounds the squared distance between frames d apart; -1 computes nothing at that distance.
 
@@ -65,11 +62,10 @@ class Rule:
                 f"a METRIC rule got limits of the shape {list(limits.shape)}, a {a}, b {b}, {sink_frames} sink frames; "
                 "give one limit at least, and numbers that fit int32."
             )
-        header = torch.tensor([a, b, sink_frames, len(limits)], dtype=torch.int32)
+        header = torch.tensor([a, b, sink_frames, len(limits)], dtype=torch.int32, device="cpu")
         return cls(RuleKind.METRIC, torch.cat([header, limits.to(torch.int32).cpu()]))
 
     @classmethod
-    @on_cpu
     def box(cls, first: tuple[torch.Tensor, ...], last: tuple[torch.Tensor, ...]) -> Rule:
         """For each axis (t, y, x) the first and the last key coordinate of every query coordinate, both inclusive.
 
@@ -84,12 +80,11 @@ class Rule:
                     f"a box rule's first and last must not decrease along an axis; on {axis} they are "
                     f"{tables[0].tolist()[:8]} and {tables[1].tolist()[:8]}."
                 )
-        header = torch.tensor([len(f) for f in first], dtype=torch.int32)
+        header = torch.tensor([len(f) for f in first], dtype=torch.int32, device="cpu")
         tables = [table.to(torch.int32).cpu() for pair in zip(first, last, strict=True) for table in pair]
         return cls(RuleKind.BOX, torch.cat([header, *tables]))
 
     @classmethod
-    @on_cpu
     def bits(cls, query_side: int, key_side: int, columns: int) -> Rule:
         """Sub-blocks of `query_side` x `key_side` slots, `columns` of them across a block, bit 0 first.
 
@@ -100,7 +95,7 @@ class Rule:
             raise InvalidInputError(
                 f"a BITS rule got sub-blocks of {query_side} x {key_side}, {columns} across; give 1 at least for each."
             )
-        return cls(RuleKind.BITS, torch.tensor([query_side, key_side, columns], dtype=torch.int32))
+        return cls(RuleKind.BITS, torch.tensor([query_side, key_side, columns], dtype=torch.int32, device="cpu"))
 
     def to(self, device) -> Rule:
         return Rule(self.kind, self.parameters.to(device))

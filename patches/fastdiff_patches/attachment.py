@@ -289,9 +289,10 @@ class Attachment:
         for binding in back:
             binding.prepare(model)
             self._replaced.remove(binding)
-            # Layouts that came while it was away have no place for it.
+        if back:
+            self.bindings = sorted([*self.bindings, *back], key=lambda binding: binding.layer.index)
+            # Layouts that came while they were away have no place for them.
             self.seen.clear()
-        self.bindings = sorted([*self.bindings, *back], key=lambda binding: binding.layer.index)
         lost = []
         for binding in self.bindings:
             binding.follow()

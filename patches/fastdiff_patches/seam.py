@@ -64,12 +64,9 @@ class _Here(threading.local):
         """The layer whose processor is running, if the attention call is for it."""
         if self.layer is None or not self.layer.takes(queries, keys, parallel):
             return None
-        if not torch.compiler.is_compiling() and _scores_are_skipped():
-            self.layer.reach()
-            return None
         if self.watched:
             self.layer.reach()
-        return self.layer
+        return None if not torch.compiler.is_compiling() and _scores_are_skipped() else self.layer
 
 
 def _scores_are_skipped() -> bool:
