@@ -220,12 +220,27 @@ def test_names(config, name):
     assert kernels.name_of(config) == name
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(
+_every_order = pytest.mark.parametrize(
     "config",
     [RADIAL, NeighborhoodConfig((1, 3, 3), block_size=32), ClearConfig(2, block_size=32), shapes.RandomParo(2, 0.5)],
     ids=kernels.name_of,
 )
+
+
+@_every_order
+def test_our_own_kernel_without_the_reorder(config, monkeypatch):
+    taken = []
+    monkeypatch.setattr(rivals, "attention", lambda *call: taken.append(call[3]) or attention(*call))
+    inputs = random_inputs(tokens=GRID.tokens + 9)
+    plan = config.build_plan(TokenLayout.self_attention(GRID, text_before=9))
+    blocks = rivals.OwnBlocks(plan)
+    (out,) = blocks.tokens(blocks.attend(*blocks.slots(*inputs)))
+    torch.testing.assert_close(out, attention(*inputs, plan, backend="reference"), atol=1e-5, rtol=1e-4)
+    assert [one.key.in_token_order and one.query.in_token_order for one in taken] == [True]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@_every_order
 def test_flex_on_the_blocks_of_a_plan(config, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     inputs = random_inputs(tokens=GRID.tokens + 9)
@@ -403,7 +418,8 @@ class TestOnAGpu:
         names = [one["kernel"] for one in found.run()] + list(found.missing)
         assert {*rivals.SDPA_BACKENDS, "FlexAttention, dense", kernels.REORDER} <= set(names)
         ours = [one for one in found.records if one["kernel"].startswith("fastdiff triton")]
-        assert [one["direction"] for one in ours] == ["forward", "backward"]
+        assert [one["direction"] for one in ours] == ["forward", "backward", "forward"]
+        assert [one["kernel"].endswith("tokens in its order") for one in ours] == [False, False, True]
 
     def test_models(self):
         small = next(one for one in ARCHITECTURES if one.name == "wan-1.3b")

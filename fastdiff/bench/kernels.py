@@ -27,7 +27,7 @@ from fastdiff_kernels.export import fa4_version
 from fastdiff_patches.planner import Extras
 
 from .record import milliseconds
-from .rivals import Attend, FA4Blocks, FlexBlocks, dense_kernels, why_missing
+from .rivals import Attend, FA4Blocks, FlexBlocks, OwnBlocks, dense_kernels, why_missing
 from .shapes import EveryBlock, RandomBlocks, RandomParo, Shape
 from .truth import check_agents, check_gradients, check_output
 
@@ -86,11 +86,14 @@ class Bench:
         return self.records
 
     def _beside(self, plan: BlockPlan, name: str, first: bool) -> None:
-        """FlashAttention-4 on the same blocks; of the first method also FlexAttention, and the reorder by itself."""
+        """FlashAttention-4 on the same blocks; of the first method also FlexAttention, ours without reorder, and that."""
         if fa4_version() is not None:
             kernel = f"FlashAttention-4, {name}"
             self._guest(kernel, lambda: self._in_order(kernel, plan, FA4Blocks(plan), backward=False))
         if first:
+            if not plan.key.in_token_order:
+                kernel = f"fastdiff {self._backend()}, {name}, tokens in its order"
+                self._in_order(kernel, plan, OwnBlocks(plan), backward=False)
             kernel = f"FlexAttention, {name}"
             self._guest(kernel, lambda: self._in_order(kernel, plan, FlexBlocks(plan), self.shape.backward))
             if self.shape.reorder:
@@ -102,7 +105,9 @@ class Bench:
         if self.shape.backward:
             self._backward(kernel, plan, attend, self.inputs, self.upstream, lambda *grads: grads)
 
-    def _in_order(self, kernel: str, plan: BlockPlan, blocks: FlexBlocks | FA4Blocks, backward: bool) -> None:
+    def _in_order(
+        self, kernel: str, plan: BlockPlan, blocks: OwnBlocks | FlexBlocks | FA4Blocks, backward: bool
+    ) -> None:
         """A kernel that wants its tensors in the plan's order, which is outside the timing."""
         inputs = blocks.slots(*self.inputs)
         (out,) = blocks.tokens(blocks.attend(*inputs))

@@ -1,15 +1,16 @@
-"""Kernels of others that a benchmark compares with: dense ones, and two that take the blocks of a plan."""
+"""What a benchmark compares with: dense kernels of others, and blocks of a plan on tensors in the plan's order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from fastdiff_kernels import BlockPlan
+from fastdiff_kernels import BlockPlan, Side, attention
 from fastdiff_kernels.export import fa4_call, fa4_version, flex_block_mask, flex_tiles, from_slots, to_slots
 
 # q, k and v `[1, tokens, heads, head_dim]` to the output, of the same shape.
@@ -67,6 +68,32 @@ def _fa4(q, k, v):
     from flash_attn.cute import flash_attn_func
 
     return flash_attn_func(q, k, v)[0]
+
+
+class OwnBlocks:
+    """fastdiff's kernel as those of others are timed: on tensors that stand in the plan's order, so that none moves.
+
+    Args:
+        plan: On the device of the tensors.
+    """
+
+    def __init__(self, plan: BlockPlan):
+        settled = replace(plan, query=_as_they_stand(plan.query), key=_as_they_stand(plan.key))
+        self.attend = lambda q, k, v: attention(q, k, v, settled)
+        self._sides = plan.query, plan.key, plan.key
+
+    def slots(self, *tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What belongs to q, to k and to v in the plan's order, `[1, slots, heads, head_dim]`."""
+        return [to_slots(x, side) for x, side in zip(tokens, self._sides, strict=False)]
+
+    def tokens(self, *slots: torch.Tensor) -> list[torch.Tensor]:
+        """The same back, `[1, tokens, heads, head_dim]`."""
+        return [from_slots(x, side) for x, side in zip(slots, self._sides, strict=False)]
+
+
+def _as_they_stand(side: Side) -> Side:
+    slots = torch.arange(side.slots, dtype=torch.int32, device=side.order.device)
+    return replace(side, tokens=side.slots, order=slots[None])
 
 
 class FlexBlocks:
