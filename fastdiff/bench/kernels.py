@@ -86,7 +86,7 @@ class Bench:
         return self.records
 
     def _beside(self, plan: BlockPlan, name: str, first: bool) -> None:
-        """FlashAttention-4 on the same blocks; of the first method also FlexAttention, ours without reorder, and that."""
+        """FlashAttention-4 on the same blocks; of the first also FlexAttention, and ours and the reorder apart."""
         if fa4_version() is not None:
             kernel = f"FlashAttention-4, {name}"
             self._guest(kernel, lambda: self._in_order(kernel, plan, FA4Blocks(plan), backward=False))
