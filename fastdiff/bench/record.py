@@ -16,6 +16,8 @@ from fastdiff_kernels.export import fa4_version
 
 # A call that takes long is repeated until this many seconds have passed, but three times at least.
 _PATIENCE, _LEAST = 5.0, 3
+# A GPU at its power limit is slower for what comes after: each call is timed on one that has rested so many seconds.
+_REST = 1.0
 
 
 def milliseconds(run: Callable[[], object], device: str, repeats: int) -> list[float]:
@@ -27,11 +29,13 @@ def milliseconds(run: Callable[[], object], device: str, repeats: int) -> list[f
         repeats: Timed calls; slow calls get fewer, from 3.
 
     Returns:
-        Milliseconds of each call. On a GPU calls follow each other without a gap, so that the time of a short one is
-        that of the device and not of its launch.
+        Milliseconds of each call. On a GPU, which rests before, calls follow each other without a gap, so that the time
+        of a short one is that of the device and not of its launch.
     """
     times = _gpu_times if device == "cuda" else _cpu_times
     (first,) = times(run, 1)
+    if device == "cuda":
+        time.sleep(_REST)
     return times(run, min(repeats, max(_LEAST, int(1e3 * _PATIENCE / first))))
 
 
