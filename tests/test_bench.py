@@ -123,6 +123,13 @@ class TestKernels:
         assert len(record.milliseconds(lambda: None, "cpu", 10)) == 3
         assert len(record.milliseconds(lambda: None, "cpu", 2)) == 2
 
+    def test_a_gpu_rests_and_wakes_before_it_is_timed(self, monkeypatch):
+        did = []
+        monkeypatch.setattr(record, "_gpu_times", lambda run, count: did.append(count) or [4.0] * count)
+        monkeypatch.setattr(record.time, "sleep", did.append)
+        assert record.milliseconds(lambda: did.append("call"), "cuda", 10) == [4.0] * 10
+        assert did == [1, record._REST, *["call"] * 5, 10]
+
     def test_without_a_gpu(self, fails, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "no CUDA device was found; --cpu" in fails("bench", "kernels")

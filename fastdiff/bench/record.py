@@ -16,8 +16,9 @@ from fastdiff_kernels.export import fa4_version
 
 # A call that takes long is repeated until this many seconds have passed, but three times at least.
 _PATIENCE, _LEAST = 5.0, 3
-# A GPU at its power limit is slower for what comes after: each call is timed on one that has rested so many seconds.
-_REST = 1.0
+# A GPU at its power limit is slower for what comes after: each call is timed on one that has rested so many seconds,
+# and then worked for some milliseconds, since after a rest launches are slow for a while too.
+_REST, _WAKE = 1.0, 20.0
 
 
 def milliseconds(run: Callable[[], object], device: str, repeats: int) -> list[float]:
@@ -36,6 +37,8 @@ def milliseconds(run: Callable[[], object], device: str, repeats: int) -> list[f
     (first,) = times(run, 1)
     if device == "cuda":
         time.sleep(_REST)
+        for _ in range(int(_WAKE / first)):
+            run()
     return times(run, min(repeats, max(_LEAST, int(1e3 * _PATIENCE / first))))
 
 
