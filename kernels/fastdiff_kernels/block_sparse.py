@@ -20,7 +20,7 @@ from .kernel_rule import BOX_PARAMETERS, DISC, MIXED_BITS
 from .plan import BlockPlan
 from .reorder import gather
 from .rule import METRIC_HEADER, RuleKind
-from .tuning import forward_tile, interpreted, shared_memory_of
+from .tuning import forward_tile, interpreted, power_of_two, shared_memory_of
 
 # Triton captures module globals as compile-time constants only in this type.
 _METRIC, _BOX, BITS = (tl.constexpr(int(kind)) for kind in (RuleKind.METRIC, RuleKind.BOX, RuleKind.BITS))
@@ -251,7 +251,7 @@ def forward(
     if key_mask is not None:
         key_mask = mask_in_order(key_mask, plan.key.order)
 
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     block_q, block_k = plan.query.block, plan.key.block
     rule = plan.kernel_rule
     tile = forward_tile(block_q, block_k, block_d, q.dtype, shared_memory_of(q.device))

@@ -21,7 +21,7 @@ import triton.language as tl
 from .block_sparse import head_step, mask_in_order, pairs_seen, word_of
 from .plan import BlockPlan
 from .reorder import gather, key_limits
-from .tuning import BackwardTile, backward_tile, hopper_backward, interpreted, shared_memory_of
+from .tuning import BackwardTile, backward_tile, hopper_backward, interpreted, power_of_two, shared_memory_of
 
 # Slots that one program turns into row terms.
 _TILE = 32
@@ -298,7 +298,7 @@ def _tile(held_block: int, walked_block: int, x: torch.Tensor) -> BackwardTile:
 
 
 def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_two(head_dim))
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -326,7 +326,7 @@ def _row_terms(grad, grad_lse, out, lse, plan) -> tuple[torch.Tensor, torch.Tens
     rows, delta = (
         torch.empty(batch, heads, plan.query.slots, dtype=torch.float32, device=grad.device) for _ in range(2)
     )
-    _row_terms_kernel[(triton.cdiv(plan.query.slots, _TILE), batch * heads)](
+    _row_terms_kernel[(-(-plan.query.slots // _TILE), batch * heads)](
         grad, out, lse, lse if grad_lse is None else grad_lse.contiguous(), plan.query.order, rows, delta,
         *_strides(grad, out), heads, tokens, plan.query.slots, head_step(plan.query.order),
         HEAD_DIM=head_dim, BLOCK_D=_padded(head_dim), TILE=_TILE, HAS_GRAD_LSE=grad_lse is not None,

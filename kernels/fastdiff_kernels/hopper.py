@@ -10,10 +10,10 @@ Gluon's interface moves between Triton's releases; all that depends on it stands
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -22,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .block_sparse import COUNTS, head_step, pairs_hidden, word_of
 from .plan import BlockPlan
 from .reorder import gather, key_limits
+from .tuning import power_of_two
 
 BLOCK = 128
 _HALF = gl.constexpr(BLOCK // 2)
@@ -395,14 +396,20 @@ def _forward_kernel(
 
 def tile_of(head_dim: int) -> list[int]:
     """Samples, heads, keys and dims of one copy: of more keys two stages would not fit shared memory."""
-    width = max(64, triton.next_power_of_2(head_dim))
+    width = max(64, power_of_two(head_dim))
     return [1, 1, BLOCK if width <= 128 else BLOCK // 2, width]
+
+
+@functools.cache
+def layout_of(*tile: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory; finding that out takes as long as a launch."""
+    return gl.NVMMASharedLayout.get_default_for(list(tile), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def _tiles_of(x: torch.Tensor) -> TensorDescriptor:
     """How the copy engine reads keys or values: 0 for what is beyond the end of a sample or of a head."""
     tile = tile_of(x.shape[-1])
-    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    layout = layout_of(*tile, dtype=x.dtype)
     x = x.transpose(1, 2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), tile, layout)
 

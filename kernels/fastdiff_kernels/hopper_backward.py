@@ -14,15 +14,15 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_sparse import head_step, pairs_hidden, word_of
-from .hopper import give_back, hide, hide_masked, launched, tile_at, wait
+from .hopper import give_back, hide, hide_masked, launched, layout_of, tile_at, wait
 from .plan import BlockPlan
+from .tuning import power_of_two
 
 BLOCK = gl.constexpr(128)
 # Rows of a tile: queries or keys that are walked, and those that a computing group holds.
@@ -479,14 +479,14 @@ def walk_rows(
 
 def tile_of(head_dim: int) -> list[int]:
     """Heads, slots and dims of one copy; what is beyond a head is 0."""
-    return [1, _TILE.value, max(64, triton.next_power_of_2(head_dim))]
+    return [1, _TILE.value, max(64, power_of_two(head_dim))]
 
 
 def _tiles_of(x: torch.Tensor) -> TensorDescriptor:
     """How the copy engine reads a tensor in a plan's order."""
     batch, slots, heads, head_dim = x.shape
     tile = tile_of(head_dim)
-    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    layout = layout_of(*tile, dtype=x.dtype)
     shape, strides = [heads, batch * slots, head_dim], [head_dim, heads * head_dim, 1]
     return TensorDescriptor(x, shape, strides, tile, layout)
 

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tuning import power_of_two
+
 MOST = 4
 # What one program copies of a tensor: elements of a token, and bytes of all its tokens.
 _COLUMNS, _BYTES = 512, 8192
@@ -85,9 +87,9 @@ def gather(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...
     out = tuple(x.new_empty(batch, order.shape[-1], heads, head_dim) for x, order in pairs)
     whole = all(order.shape[0] == 1 for order in orders) and all(x.stride(2) == head_dim for x in tensors)
     piece = min(_COLUMNS, heads * head_dim) if whole else head_dim
-    columns = triton.next_power_of_2(piece)
+    columns = power_of_two(piece)
     rows = max(1, _BYTES // (columns * size))
-    pieces = triton.cdiv(heads * head_dim, piece)
+    pieces = -(-heads * head_dim // piece)
     steps = [piece if whole else x.stride(2) for x in tensors]
     # Sixteen bytes at a time, where all that is added to an address allows it.
     unit = 16 // size
@@ -99,7 +101,7 @@ def gather(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...
     def four(values):
         return (*values, *values[:1] * (MOST - len(values)))
 
-    _gather_kernel[(triton.cdiv(max(slots), rows) * pieces, batch)](
+    _gather_kernel[(-(-max(slots) // rows) * pieces, batch)](
         *four(tensors), *four(out), *four(orders), *four(slots),
         *four([x.stride(0) // unit for x in tensors]), *four([x.stride(1) // unit for x in tensors]),
         *four([step // unit for step in steps]),
