@@ -16,4 +16,4 @@ lint:  ## Format check, ruff, the four floors, house rules
 	@$(PYTHON) scripts/tasks.py lint $(ARGS)
 
 clean:
-	rm -rf .venv .venv-oldest outputs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-oldest outputs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

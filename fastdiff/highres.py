@@ -44,6 +44,9 @@ class HighResolution:
         vae_tiling: Whether the VAE works tile by tile in the second pass. True needs far less memory; False has no
             seams.
         backend: As in `apply`.
+
+    Raises:
+        InvalidInputError: If a value is of the wrong kind or out of its range; it says which.
     """
 
     clear: ClearConfig = ClearConfig(8, pool_factor=4, proportional=True)

@@ -48,7 +48,7 @@ class ModelSummary:
     Attributes:
         component: Its name in the pipeline, or "model".
         config: The method's config as a dict, None if the model is not patched.
-        schedule: `dense_steps` and `dense_layers`.
+        schedule: What stays dense, as `DenseSchedule.to_dict` has it.
         backend: The backend that was asked for.
         runs_on: The backend that will run, on the device where the model is now.
         grids: Grids that have run, newest last.

@@ -12,7 +12,7 @@ LARGEST_PYTHON_LINES = 600
 def complaints(path: Path) -> list[str]:
     data = path.read_bytes()
     found = [f"{len(data) / 2**20:.1f} MiB; at most 15"] if len(data) > LARGEST_BYTES else []
-    if b"\0" in data[:8000] or path.suffix in (".json", ".txt", ".model"):
+    if b"\0" in data[:8000] or path.suffix in (".json", ".txt"):
         return found
     if data and not data.endswith(b"\n"):
         found.append("no newline at the end")

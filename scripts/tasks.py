@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 10)
 # What each chore needs; "dev" includes "demo".
 EXTRAS = {"demo": "demo", "test": "dev", "test-oldest": "dev", "lint": "dev"}
-# The tests that see diffusers or the command line; the others do not change with those versions.
+# Most tests that see diffusers or the command line; others change with those versions as these do, or not at all.
 SEES_DIFFUSERS = (
     "advice",
     "agent_pictures",
@@ -27,23 +27,29 @@ SEES_DIFFUSERS = (
     "bench",
     "calibrate",
     "catalogue",
+    "clear",
     "clear_flux",
     "cli",
     "cli_pictures",
+    "compile",
+    "default_device",
     "families",
     "family_batches",
     "image_families",
     "image_pipelines",
     "import_hygiene",
     "latent_families",
+    "layer_skip",
     "layout_door",
     "measure",
     "method_processors",
     "needs",
+    "notebook_processors",
     "overview",
     "packaging",
     "presets",
     "processors",
+    "recomputation",
     "rules",
     "seam",
     "seed",

@@ -10,7 +10,7 @@ from fastdiff.methods.neighborhood_presets import neighborhood_presets
 from fastdiff.methods.neighborhood_search import default_tiles, search, tiles_of
 from fastdiff_kernels import Grid, simulate
 
-HUNYUAN, FLUX, COSMOS = Grid(30, 48, 80), Grid(1, 256, 256), Grid(16, 44, 80)
+HUNYUAN, FLUX = Grid(30, 48, 80), Grid(1, 256, 256)
 WAN, COG = Grid(21, 45, 80), Grid(13, 30, 45)
 PRESETS = neighborhood_presets()
 

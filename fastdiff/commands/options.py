@@ -1,4 +1,4 @@
-"""The options that generate and compare share, and what they ask for once parsed."""
+"""Options that several commands share, and what they ask for once parsed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff_kernels import BlockPlan, InvalidInputError, TokenLayout
+from fastdiff_kernels import AgentPlan, BlockPlan, InvalidInputError, TokenLayout
 
 from .agent import AgentConfig
 from .base import MethodConfig
@@ -82,11 +82,13 @@ def _read_json(source: str | Path) -> dict:
     return data
 
 
-def build_plan(config: MethodConfig, layout: TokenLayout, device: str = "cpu", layer: int = 0) -> BlockPlan | None:
+def build_plan(
+    config: MethodConfig, layout: TokenLayout, device: str = "cpu", layer: int = 0
+) -> BlockPlan | AgentPlan | None:
     """A method's plan for a layout in one layer, as it is outside a denoising run; None where it is dense.
 
     Raises:
-        InvalidInputError: If rules count layers from the end or by share.
+        InvalidInputError: If rules count layers from the end or by share, or the method does not fit the layout.
     """
     part = config.at(layer)
     if part is None:

@@ -65,6 +65,9 @@ class AgentConfig(MethodConfig):
             they are trained.
         convolution: A learned depth-wise convolution of the values instead of `k_shortcut`, which is its start;
             likewise.
+
+    Raises:
+        InvalidInputError: If a value is of the wrong kind or out of its range; it says which.
     """
 
     method: ClassVar[str] = "agent"

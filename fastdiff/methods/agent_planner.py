@@ -117,7 +117,7 @@ class AgentPlanner(Planner):
         """The backend that `attend` will take: agents have no Triton kernel.
 
         Raises:
-            FastDiffError: If there is no such backend, or it is `"triton"`.
+            FastDiffError: If there is no such backend, or it computes no agents (triton, flex, fa4).
         """
         return agent_backend(backend)
 

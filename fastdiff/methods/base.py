@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastdiff_kernels import BlockPlan, Grid, InvalidInputError, TokenLayout
+from fastdiff_kernels import AgentPlan, BlockPlan, Grid, InvalidInputError, TokenLayout
 
 if TYPE_CHECKING:
     from .planner import Planner
@@ -20,14 +20,14 @@ class MethodConfig(ABC):
 
     Attributes:
         method: The method's name, the `"method"` key of the JSON form.
-        version: Version of the JSON form; a newer one is refused.
+        version: Version of the JSON form; any other is refused.
     """
 
     method: ClassVar[str]
     version: ClassVar[int] = 1
 
     @abstractmethod
-    def build_plan(self, layout: TokenLayout) -> BlockPlan:
+    def build_plan(self, layout: TokenLayout) -> BlockPlan | AgentPlan:
         """The plan for one layout, on the CPU.
 
         Raises:
@@ -92,7 +92,7 @@ class MethodConfig(ABC):
         """The inverse of `to_dict`; keys left out take their defaults.
 
         Raises:
-            InvalidInputError: If a key is unknown or missing, a value out of range, or the version too new.
+            InvalidInputError: If a key is unknown or missing, a value out of range, or the version another.
         """
         values = dict(data)
         method, version = values.pop("method", cls.method), values.pop("version", cls.version)

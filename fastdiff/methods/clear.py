@@ -67,6 +67,9 @@ class ClearConfig(MethodConfig):
         train_tokens: Tokens of the model's training size, text included; 4608 is FLUX at 1024 x 1024.
         block_size: Tokens in a block, 32, 64 or 128; small grids take 32 or 64 at most. Smaller follows the disk
             more closely, larger runs faster for each block.
+
+    Raises:
+        InvalidInputError: If a value is of the wrong kind or out of its range; it says which.
     """
 
     method: ClassVar[str] = "clear"

@@ -62,6 +62,9 @@ class NeighborhoodConfig(MethodConfig):
         base_grid: The grid (frames x height x width, such as `"24x44x80"`) that window, stride and dilation are meant
             for; on another they grow and shrink with its sides, as in the code of Cosmos-Predict2, but a dilation of
             1 stays. None: they are tokens on every grid.
+
+    Raises:
+        InvalidInputError: If a value is of the wrong kind or out of its range; it says which.
     """
 
     method: ClassVar[str] = "neighborhood"
@@ -165,7 +168,7 @@ class NeighborhoodConfig(MethodConfig):
         """The inverse of `to_dict`; `"preset"` may name settings that the other keys change.
 
         Raises:
-            InvalidInputError: If a key or preset is unknown, a value out of range, or the version too new.
+            InvalidInputError: If a key or preset is unknown, a value out of range, or the version another.
         """
         values = dict(data)
         if "preset" in values:

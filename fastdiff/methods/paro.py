@@ -39,6 +39,9 @@ class ParoConfig(MethodConfig):
     Args:
         calibration: Path of the safetensors file that `fastdiff.calibrate` or `fastdiff calibrate` wrote. Its density
             is set there: less is faster, more is safer.
+
+    Raises:
+        InvalidInputError: If it is no path.
     """
 
     method: ClassVar[str] = "paro"

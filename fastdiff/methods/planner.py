@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from fastdiff_kernels import BlockPlan, TokenLayout, attention, choose_backend
+from fastdiff_kernels import AgentPlan, BlockPlan, TokenLayout, attention, choose_backend
 
 from .base import MethodConfig
 
@@ -22,10 +22,11 @@ class PlanCache:
 
     def __init__(self, limit_bytes: int = 2**30):
         self.limit_bytes = limit_bytes
-        self._plans: OrderedDict[Hashable, BlockPlan] = OrderedDict()
+        self._plans: OrderedDict[Hashable, BlockPlan | AgentPlan] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, build: Callable[[], BlockPlan]) -> BlockPlan:
+    def get(self, key: Hashable, build: Callable[[], BlockPlan | AgentPlan]) -> BlockPlan | AgentPlan:
+        """The plan of this key, built if it is not there."""
         with self._lock:
             if key not in self._plans:
                 self._plans[key] = build()

@@ -58,6 +58,9 @@ class RadialConfig(MethodConfig):
             many pairs as the raster band has. `"raster"`: blocks are runs of raster tokens, as in the paper.
             Both take any size, fit blocks to frames, and compute each chosen block whole. `"reference"`:
             bit-exact with the released code, whose widths jump at powers of two and whose blocks cross frames.
+
+    Raises:
+        InvalidInputError: If a value is of the wrong kind or out of its range; it says which.
     """
 
     method: ClassVar[str] = "radial"

@@ -43,7 +43,7 @@ class RulesPlanner(Planner):
 
     Args:
         config: The rules.
-        cache: Not used: the methods' planners have their own.
+        cache: Not used: plans are kept by the methods' planners.
         layers: Self-attention layers of the model, None as long as no model is known.
     """
 

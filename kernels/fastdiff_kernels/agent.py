@@ -83,7 +83,8 @@ def agent_attention(
             rows, `[batch, grid tokens, heads, head_dim]`.
         bias: B1 and B2.
         key_mask: Which keys exist, bool `[batch, key tokens]`.
-        backend: `"torch"` and `"auto"` make two dense calls, `"reference"` writes the formula out (slow).
+        backend: `"torch"` and `"auto"` make two dense calls, and one for each span beside the grid, `"reference"`
+            writes the formula out (slow).
 
     Returns:
         Output of the shape and dtype of `q`, zero where a query sees nothing.

@@ -26,6 +26,7 @@ class BlockList:
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> BlockList:
+        """The lists of a bool mask `[lists, query blocks, key blocks]`."""
         lists, rows, _ = mask.shape
         counts = mask.sum(-1)
         ends = counts.flatten().cumsum(0).reshape(lists, rows)

@@ -65,7 +65,7 @@ def kernel_rule(plan: BlockPlan) -> KernelRule:
     """The rule of a plan as its kernels take it.
 
     Raises:
-        UnsupportedError: If a BOX plan has blocks of several spans, or a grid of more than 2^28 places.
+        UnsupportedError: If a BOX plan has blocks of several spans, or coordinates take over 28 bits together.
     """
     kind = plan.rule.kind
     spans = _spans_of_blocks(plan)

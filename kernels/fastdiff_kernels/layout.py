@@ -20,7 +20,11 @@ def _is_count(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Grid:
-    """Visual tokens as frames x height x width, width fastest."""
+    """Visual tokens as frames x height x width, width fastest.
+
+    Raises:
+        InvalidInputError: If a side is no whole number of at least 1.
+    """
 
     frames: int
     height: int
@@ -66,7 +70,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Span:
-    """A run of neighbouring tokens of one kind; `grid` spans lie on a grid, `pooled` and `reference` ones may."""
+    """A run of neighbouring tokens of one kind; `grid` spans lie on a grid, `pooled` and `reference` ones may.
+
+    Raises:
+        InvalidInputError: If there is no such kind, no token, or a grid is missing or of another size.
+    """
 
     kind: str
     tokens: int
@@ -101,6 +109,9 @@ class TokenLayout:
         visibility: For each query span (row) and key span (column) `"all"`, `"none"` or `"rule"` (the
             method decides token by token). Left out, text sees all and is seen by all, pooled keys are
             hidden from text, padding from everyone, and the method rules among grid tokens.
+
+    Raises:
+        InvalidInputError: If a side has no span or more than 31, or the table has another shape or other words.
     """
 
     query: tuple[Span, ...]

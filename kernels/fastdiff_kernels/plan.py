@@ -30,7 +30,8 @@ _plans: weakref.WeakValueDictionary[int, BlockPlan] = weakref.WeakValueDictionar
 class BlockPlan:
     """Which key blocks each query block computes whole, and which by an in-block rule.
 
-    A plan is immutable, holds no S x S tensor, and knows neither the method that made it nor the model.
+    A plan is immutable, holds no tensor of query tokens x key tokens, and knows neither the method that made it nor the
+    model.
 
     Attributes:
         query, key: The two sides: token order, block size, and the table that the rules read.
@@ -40,6 +41,9 @@ class BlockPlan:
         bits: For a BITS rule the bitmap of each partial entry, int32 `[entries]`; else empty.
         handle: The plan's number as a 0-d int64 CPU tensor: operators take it instead of the plan, so that
             compiled code is the same for all layers.
+
+    Raises:
+        InvalidInputError: If a BITS plan has not one bitmap for each partial entry.
     """
 
     query: Side
@@ -123,6 +127,9 @@ class BlockPlan:
                 blocks of spans that do not see each other empty.
             rule: The rule of the partial blocks.
             bits: For a BITS rule the bitmap of every pair of blocks, int32, of the shape of `state`.
+
+        Raises:
+            InvalidInputError: If `state` or `bits` have another shape, or a block has more sub-blocks than bits.
         """
         if state.dim() != 3 or state.shape[1:] != (query.blocks, key.blocks):
             raise InvalidInputError(

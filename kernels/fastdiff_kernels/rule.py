@@ -28,6 +28,8 @@ from .errors import InvalidInputError
 
 
 class RuleKind(IntEnum):
+    """The forms of an in-block rule; kernels take the number as a compile-time constant."""
+
     NONE = 0
     METRIC = 1
     BOX = 2
@@ -101,6 +103,7 @@ class Rule:
         return Rule(self.kind, self.parameters.to(device))
 
     def limits(self) -> torch.Tensor:
+        """Of a METRIC rule: the bound of the squared distance at each distance of frames, int32 `[distances]`."""
         return self.parameters[METRIC_HEADER:]
 
     def axis_tables(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:

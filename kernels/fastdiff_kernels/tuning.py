@@ -13,8 +13,11 @@ import torch
 
 _logger = logging.getLogger("fastdiff")
 
-# Shared memory that one program may take, in bytes, by compute capability; what is not listed gets the smallest.
-SHARED_MEMORY = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448}
+# Shared memory that one program may take, in bytes, by compute capability, (9, 4) that of AMD's gfx942; what is not
+# listed gets the smallest.
+SHARED_MEMORY = {
+    (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (9, 4): 65_536, (10, 0): 232_448,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Tile:
 
 
 def forward_tile(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tile:
-    """The tile of the forward kernel: the deepest pipeline, then the widest tile, that fits shared memory.
+    """The tile of the forward kernel: the widest that fits shared memory, with the deepest pipeline there.
 
     Args:
         block_q, block_k: Blocks of the plan, powers of two.
