@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .block_sparse import head_step, mask_in_order, pairs_seen, word_of
+from .order import Side
 from .plan import BlockPlan
 from .reorder import gather, key_limits
 from .tuning import BackwardTile, backward_tile, hopper_backward, interpreted, power_of_two, shared_memory_of
@@ -100,7 +101,7 @@ def _grad_q_kernel(
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits,
     q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     up_stride_b, up_stride_n, up_stride_h, out_stride_b, out_stride_n, out_stride_h,
-    heads, blocks, q_slots_in_all, q_order_step, k_order_step, q_table_step, k_table_step, k_slots_in_all, list_step,
+    heads, blocks, q_slots_in_all, order_step, q_table_step, k_table_step, k_slots_in_all, list_step,
     scale_log2, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, RULE: tl.constexpr,
@@ -136,7 +137,7 @@ def _grad_q_kernel(
         partial_indices, tl.load(partial_offsets + offset), tl.load(partial_offsets + offset + 1), k_stride_n,
         v_stride_n, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, RULE, True, HAS_KEY_MASK, EXACT,
     )  # fmt: skip
-    tokens = tl.load(q_order + head * q_order_step + q_slots)
+    tokens = tl.load(q_order + head * order_step + q_slots)
     place = grad_q + batch * out_stride_b + head * out_stride_h + tokens.to(tl.int64)[:, None] * out_stride_n
     inside = (tokens >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(place + dims[None, :], (total * scale).to(grad_q.dtype.element_ty), mask=inside)
@@ -148,7 +149,7 @@ def _grad_kv_kernel(
     full_offsets, full_indices, partial_offsets, partial_indices, rule, bits, bit_place,
     q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     up_stride_b, up_stride_n, up_stride_h, out_stride_b, out_stride_n, out_stride_h,
-    heads, blocks, q_slots_in_all, q_order_step, k_order_step, q_table_step, k_table_step, k_slots_in_all, list_step,
+    heads, blocks, q_slots_in_all, order_step, q_table_step, k_table_step, k_slots_in_all, list_step,
     scale_log2, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, RULE: tl.constexpr,
@@ -186,7 +187,7 @@ def _grad_kv_kernel(
         q_stride_n, up_stride_n, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_Q, RULE, True, HAS_KEY_MASK,
         EXACT,
     )  # fmt: skip
-    tokens = tl.load(k_order + head * k_order_step + k_slots)
+    tokens = tl.load(k_order + head * order_step + k_slots)
     place = batch * out_stride_b + head * out_stride_h + tokens.to(tl.int64)[:, None] * out_stride_n + dims[None, :]
     inside = (tokens >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(grad_k + place, (total_k * scale).to(grad_k.dtype.element_ty), mask=inside)
@@ -272,7 +273,7 @@ def _walk_rows(query, upstream, key, value, lse, delta, grad_q, plan, scale, key
         plan.query.order, plan.kernel_rule.query, plan.kernel_rule.key, plan.launch_order,
         plan.full.offsets, plan.full.indices, plan.partial.offsets, plan.partial.indices,
         plan.kernel_rule.parameters, plan.bits, *_strides(query, key, value, upstream, grad_q),
-        heads, plan.query_blocks, *_sizes(plan, scale),
+        heads, plan.query_blocks, *_sizes(plan, plan.query, scale),
         TILE_Q=tile.held, TILE_K=tile.walked, num_warps=tile.warps, num_stages=tile.stages,
         **_constants(plan, head_dim, key_mask),
     )  # fmt: skip
@@ -287,7 +288,7 @@ def _walk_columns(query, upstream, key, value, lse, delta, grad_k, grad_v, plan,
         plan.key.order, plan.kernel_rule.query, plan.kernel_rule.key, columns.launch_order,
         columns.full.offsets, columns.full.indices, columns.partial.offsets, columns.partial.indices,
         plan.kernel_rule.parameters, plan.bits, columns.bit_place, *_strides(query, key, value, upstream, grad_k),
-        heads, plan.key_blocks, *_sizes(plan, scale),
+        heads, plan.key_blocks, *_sizes(plan, plan.key, scale),
         TILE_K=tile.held, TILE_Q=tile.walked, num_warps=tile.warps, num_stages=tile.stages,
         **_constants(plan, head_dim, key_mask),
     )  # fmt: skip
@@ -305,9 +306,9 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _sizes(plan: BlockPlan, scale: float) -> tuple:
+def _sizes(plan: BlockPlan, held: Side, scale: float) -> tuple:
     rule = plan.kernel_rule
-    steps = (head_step(x) for x in (plan.query.order, plan.key.order, rule.query, rule.key))
+    steps = (head_step(x) for x in (held.order, rule.query, rule.key))
     return plan.query.slots, *steps, plan.key.slots, int(plan.lists > 1), scale / math.log(2), scale
 
 
