@@ -230,13 +230,14 @@ def settings_from(
 
     Raises:
         InvalidInputError: If one of them is out of range, or what stays dense is said twice.
+        MissingDependencyError: If the backend is not installed.
     """
-    from fastdiff_kernels.attention import check_backend
+    from fastdiff_kernels.attention import require_backend
 
     from . import published
     from .methods import load_config
 
-    check_backend(backend)
+    require_backend(backend)
     told = {"first_steps": dense_steps, "layers": dense_layers}
     told = {name: value for name, value in told.items() if value is not None}
     if schedule is not None and (not isinstance(schedule, DenseSchedule) or DenseSchedule(**told) != DenseSchedule()):

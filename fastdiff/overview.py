@@ -58,6 +58,7 @@ class ModelSummary:
         layers: All self-attention layers.
         preset: The preset that the settings come from, None where they were given.
         marked: Whether a single processor object waits for the first forward.
+        misfit: Why no layer is sparse where `layout=` fits no attention call.
         mean_density: Mean over layers and, where their number is known, steps; dense counts as 1. Layers of unequal
             grids count by their pairs of tokens. An expert of Wan 2.2 is counted as if it ran all steps.
         attention_share: Share of the scores in the FLOPs of a dense forward, estimated; None while no grid is known.
@@ -80,6 +81,7 @@ class ModelSummary:
     gain: float | None = None
     marked: bool = False
     preset: str | None = None
+    misfit: str | None = None
 
     def __str__(self) -> str:
         if self.marked:
@@ -99,7 +101,9 @@ class ModelSummary:
             share = f"self-attention is about {100 * self.attention_share:.0f} % of the FLOPs of a dense one"
             lines.append(f"  gain      at most {self.gain:.2f}x in a sparse step: {share}")
         lines.append("  layers")
-        return "\n".join(lines + [f"    {text}" for text in _grouped(self.layers, self.grid)])
+        return "\n".join(
+            lines + [f"    {text}" for text in _grouped(self.layers, self.grid) or [f"none: {self.misfit}"]]
+        )
 
     def _density_text(self) -> str:
         if self.mean_density is None:
@@ -179,6 +183,7 @@ def _one(
         attention_share=share,
         gain=gain,
         preset=settings.preset,
+        misfit=None if layout is None else attached.misfit(layout),
     )
 
 
@@ -199,6 +204,8 @@ def _densities(
 
 def _reason(attached: Attachment, layer: Layer, place: Place | None) -> str | None:
     """Why a layer is dense whatever the method says."""
+    if not attached.holds(layer):
+        return "its processor is not fastdiff's: not set, or replaced"
     if attached.settings.schedule.is_dense_layer(layer.index, attached.total):
         return "named by dense_layers"
     return None if place is None else place.coarse

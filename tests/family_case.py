@@ -79,11 +79,12 @@ def values(model, inputs) -> dict[str, torch.Tensor]:
     family = families.family_of(model)
     modules = locate.self_attention(model, family)
     originals = {module: module.processor for module in modules.values()}
+    layout = family.layout(model.config, inputs)
     found = {name: [] for name in modules}
     try:
         for name, module in modules.items():
             layer = Layer(0, name, 1, 1, Recorder(extras=found[name]), "auto", family)
-            layer.prepare(object(), parts=(family.layout(model.config, inputs).key_tokens,))
+            layer.prepare(object(), parts=(family.at(model.config, layout, name).key_tokens,))
             module.processor = seam.adopt(family.processor(module.processor), layer)
         run(model, inputs)
     finally:

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny_models import forward, model_inputs, tiny_wan, tiny_wan_pipeline, video
 
 import fastdiff
-from fastdiff_kernels import InvalidInputError, UnsupportedError
+from fastdiff_kernels import InvalidInputError, MissingDependencyError, UnsupportedError
 from fastdiff_patches.attachment import find
 
 torch.set_num_threads(1)
@@ -251,6 +252,16 @@ def test_forms_of_the_config(model, form, tmp_path):
     (tmp_path / "config.json").write_text(NARROW.to_json())
     fastdiff.apply(model, config)
     assert fastdiff.summary(model).models[0].config == NARROW.to_dict()
+
+
+@pytest.mark.parametrize("backend", ["triton", "fa4"])
+def test_a_backend_that_is_not_installed_is_refused_at_once(backend, monkeypatch):
+    monkeypatch.setattr(sys.modules["fastdiff_kernels.attention"], "_HAS_TRITON", False)
+    monkeypatch.setattr("fastdiff_kernels.export.fa4_version", lambda: None)
+    model = tiny_wan(layers=1)
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        fastdiff.apply(model, fastdiff.RadialConfig(block_size=32), backend=backend)
+    assert find(model) is None
 
 
 def test_unknown_models_are_refused():

@@ -269,7 +269,7 @@ def test_derived_classes_are_found():
 
 
 def test_unknown_models_are_refused_with_the_way_out():
-    with pytest.raises(UnsupportedError, match=r"Linear is not described.*layout=lambda inputs: .*Wan"):
+    with pytest.raises(UnsupportedError, match=r"Linear is not described.*layout=lambda inputs: .*denoiser"):
         families.family_of(torch.nn.Linear(1, 1))
 
 

@@ -66,7 +66,7 @@ WHOLE = fastdiff.NeighborhoodConfig((None, None), block_size=32)
 
 
 def test_without_a_layout_the_error_says_how(painter):
-    with pytest.raises(UnsupportedError, match=r"Painter is not described.*layout=lambda inputs: .*Wan"):
+    with pytest.raises(UnsupportedError, match=r"Painter is not described.*layout=lambda inputs: .*`fastdiff models`"):
         fastdiff.apply(painter, NARROW)
 
 
@@ -113,6 +113,14 @@ def test_a_wrong_length_is_refused_in_compiled_code_too(painter):
         run(compiled)
 
 
+def test_summary_says_when_no_call_has_the_length(painter):
+    dense = run(painter)
+    fastdiff.apply(painter, NARROW, layout=lambda inputs: fastdiff.TokenLayout.self_attention(fastdiff.Grid(1, 6, 7)))
+    assert torch.equal(run(painter), dense)
+    told = str(fastdiff.summary(painter))
+    assert "none: layout= tells 42 tokens and no self-attention call had so many; queries had 5, 47." in told
+
+
 def test_the_device_is_that_of_the_first_tensor_of_numbers(painter):
     fastdiff.apply(painter, NARROW, layout=layout)
     family, picture = find(painter).family, torch.zeros(1, 32, 5, 7)
@@ -145,7 +153,7 @@ def test_a_layout_of_another_length_is_refused(painter):
     named = r"joint\.\d+"
     wrong = fastdiff.TokenLayout.self_attention(fastdiff.Grid(1, 6, 6))
     fastdiff.apply(painter, NARROW, layout=lambda inputs: wrong, modules=named)
-    with pytest.raises(InvalidInputError, match="47"):
+    with pytest.raises(InvalidInputError, match=r"joint.0 was called with 47 tokens and the layout has 36; .*layout="):
         run(painter)
 
 
@@ -155,9 +163,13 @@ def test_a_layout_of_another_length_is_refused(painter):
         ({"layout": lambda inputs: (6, 7)}, r"layout= gave \(6, 7\); it must give the TokenLayout"),
         ({"layout": 5}, "layout is 5; give a function"),
         ({"layout": layout, "modules": "joint("}, r"modules is 'joint\(', which is no regular expression"),
-        ({"layout": layout, "modules": r"blocks\.\d+"}, "has no module named like .*modules="),
+        (
+            {"layout": layout, "modules": r"blocks\.\d+"},
+            "has no module named like .*modules=.* it has text, joint.0, joint.1, cross, other\\.",
+        ),
+        ({"layout": lambda inputs: inputs["latents"]}, "asks for the argument 'latents'; .* was given picture, prompt"),
     ],
-    ids=["no layout", "no function", "no pattern", "no module"],
+    ids=["no layout", "no function", "no pattern", "no module", "no argument"],
 )
 def test_refusals(painter, arguments, match):
     with pytest.raises((InvalidInputError, UnsupportedError), match=match):

@@ -44,6 +44,28 @@ def varying():
     planners.clear()
 
 
+@pytest.mark.parametrize("way", ["not set", "replaced before it ran", "one of two"])
+def test_processors_that_do_not_stand(way):
+    pipe = tiny_wan_pipeline()
+    wan, stock = pipe.transformer, pipe.transformer.attn_processors
+    config = fastdiff.RadialConfig(block_size=32)
+    if way == "not set":
+        made = fastdiff.processors(pipe, config)
+        assert made.keys() == stock.keys()
+    else:
+        fastdiff.apply(pipe, config)
+        wan.set_attn_processor(
+            stock
+            if way != "one of two"
+            else wan.attn_processors | {first: stock[first] for first in [next(iter(stock))]}
+        )
+    layers = fastdiff.summary(pipe, grid="5x6x7").models[0].layers
+    assert [layer.why for layer in layers if layer.dense][:1] == [
+        "its processor is not fastdiff's: not set, or replaced"
+    ]
+    assert sum(layer.dense for layer in layers) == (1 if way == "one of two" else len(layers))
+
+
 def test_levels_of_a_unet():
     pipe = fastdiff.apply(tiny_sd_pipeline(), WINDOW, dense_steps=1, dense_layers=[1])
     picture(pipe)

@@ -251,15 +251,21 @@ def test_what_a_density_is_solved_for_is_not_given(kind, given):
 @pytest.mark.parametrize("kind", [RadialConfig, NeighborhoodConfig, ClearConfig])
 def test_a_floor_above_that_of_dense_attention_is_not_to_be_asked_for(kind):
     with pytest.raises(InvalidInputError, match=r"which is [\d.]+ with .*; dense attention computes less; use "):
-        kind.for_density(0.5, Grid(1, 5, 5))
+        kind.for_density(0.5, Grid(2 if kind is RadialConfig else 1, 5, 5))
 
 
 @pytest.mark.parametrize("kind", [RadialConfig, NeighborhoodConfig, ClearConfig])
 def test_smaller_blocks_are_advised_where_there_are_any(kind):
+    grid = Grid(2 if kind is RadialConfig else 1, 70, 70)
     with pytest.raises(InvalidInputError, match="a smaller block_size"):
-        kind.for_density(0.001, Grid(1, 70, 70), block_size=64)
+        kind.for_density(0.001, grid, block_size=64)
     with pytest.raises(InvalidInputError, match="use .*more tokens"):
-        kind.for_density(0.001, Grid(1, 70, 70), block_size=32)
+        kind.for_density(0.001, grid, block_size=32)
+
+
+def test_radial_is_not_for_pictures():
+    with pytest.raises(InvalidInputError, match="radial leaves out nothing within a frame: take neighborhood"):
+        RadialConfig.for_density(0.5, Grid(1, 64, 64))
 
 
 @pytest.mark.parametrize(

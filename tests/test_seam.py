@@ -298,7 +298,7 @@ def test_what_the_sparse_path_cannot_do_is_refused():
 def test_query_heads_may_share_a_key_head():
     torch.manual_seed(0)
     layer = Layer(0, "attn1", 4, 8, planner := FakePlanner(window=None), "auto", WAN)
-    layer.prepare(planner.plan(_line(6), layer=0, step=None, steps=None, heads=4, head_dim=8, device="cpu"))
+    layer.prepare(planner.plan(_line(6), layer=0, step=None, steps=None, heads=4, head_dim=8, device="cpu"), parts=(6,))
     query, key, value = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
     out = layer.attend(query, key, value, None, 0.0, False, None, None)
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]
@@ -318,7 +318,7 @@ def test_processors_that_call_sdpa_themselves():
     layer = Layer(0, "attn1", 2, 8, planner, "auto", WAN)
     plan = planner.plan(_line(6), layer=0, step=None, steps=None, heads=2, head_dim=8, device="cpu")
     attention.processor = seam.adopt(attention.processor, layer)
-    layer.prepare(plan)
+    layer.prepare(plan, parts=(6,))
     torch.testing.assert_close(attention(x), before)
     assert len(planner.extras) == 1
     layer.prepare(None)

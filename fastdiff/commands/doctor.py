@@ -145,6 +145,6 @@ def _show(found: dict[str, Any]) -> None:
     pairs("Backends", backends)
     pairs("Files", {"ffmpeg": found["ffmpeg"] or "missing", **found["models"]})
     if not found["problems"]:
-        typer.echo("Nothing is missing.")
+        typer.echo("Nothing that this machine needs is missing.")
     for problem in found["problems"]:
         typer.echo(f"! {problem['what']}: {problem['why']}. Do: {problem['do']}.")

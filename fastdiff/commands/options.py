@@ -27,7 +27,8 @@ Method = Annotated[
 ]
 Config = Annotated[str | None, typer.Option(help="The method's settings: a JSON file, or JSON text.")]
 Density = Annotated[
-    float | None, typer.Option(help="Instead of --config: solve the settings for this share of computed scores.")
+    float | None,
+    typer.Option(help="Instead of --config: solve the settings for this share of computed scores, or the next below."),
 ]
 Preset = Annotated[
     str | None,

@@ -163,6 +163,8 @@ class RadialConfig(MethodConfig):
         floor = reached(config)
         block = config.block_for(grid)
         instead = f"use more frames or {smaller_blocks(block, 'more tokens a frame')}"
+        if grid.frames == 1:
+            instead = "radial leaves out nothing within a frame: take neighborhood, clear, paro or agent"
         raise below_floor(cls.method, density, grid, floor, f"with blocks of {block}", instead)
 
 

@@ -99,6 +99,22 @@ def check_backend(backend: str) -> None:
         raise InvalidInputError(f"backend is {backend!r}; allowed are {', '.join(BACKENDS)}.")
 
 
+def require_backend(backend: str) -> None:
+    """Checks what can be known of a backend before there are tensors.
+
+    Raises:
+        InvalidInputError: If there is no such backend.
+        MissingDependencyError: If triton or FlashAttention-4 is asked for and not installed.
+    """
+    check_backend(backend)
+    if backend == "triton" and not _HAS_TRITON:
+        raise MissingDependencyError("backend 'triton' needs a GPU and the triton package: pip install triton.")
+    if backend == "fa4":
+        from .export import require_fa4
+
+        require_fa4()
+
+
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that will run: any of `BACKENDS` but `"auto"`.
 
@@ -107,15 +123,13 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
         UnsupportedError: If it was asked for by name and cannot run here.
         MissingDependencyError: If triton or FlashAttention-4 is asked for and not installed.
     """
-    check_backend(backend)
+    require_backend(backend)
     if backend in ("torch", "reference"):
         return backend
     if backend in GUESTS:
         return _check_guest(backend, device, dtype)
     if backend == "auto" and (device.type != "cuda" or not _HAS_TRITON):
         return "torch"
-    if not _HAS_TRITON:
-        raise MissingDependencyError("backend 'triton' needs the triton package: pip install triton.")
     if device.type != "cuda" and not interpreted():
         raise UnsupportedError(
             f"backend 'triton' runs on GPUs and the tensors are on {device.type}; use backend='torch', or set "
@@ -133,10 +147,6 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, head_
 
 
 def _check_guest(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if backend == "fa4":
-        from .export import require_fa4
-
-        require_fa4()
     devices = {"flex": ("cuda", "cpu"), "fa4": ("cuda",)}[backend]
     dtypes = {"flex": TRITON_DTYPES, "fa4": (torch.float16, torch.bfloat16)}[backend]
     if device.type not in devices or dtype not in dtypes:

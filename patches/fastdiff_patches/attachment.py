@@ -141,6 +141,13 @@ class Attachment:
         """The layers that are self-attention, as far as is known."""
         return [binding.layer for binding in self.bindings if binding.layer.stray is None]
 
+    def holds(self, layer: Layer) -> bool:
+        """Whether the layer's module has our processor, or one of our class that gets its layer before it runs."""
+        return any(
+            binding.layer is layer and (binding.stands() or seam.unbound(binding.module.processor))
+            for binding in self.bindings
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         copied = memo[id(self)] = copy.copy(self)
         for name in ("steps", "bindings", "_replaced", "seen", "_handle"):
@@ -239,14 +246,19 @@ class Attachment:
                 device=torch.device(device),
             )
 
+    def misfit(self, layout: TokenLayout) -> str | None:
+        """What is wrong where the last forward made no call of the length that picks the modules, else None."""
+        if not self.bindings or self.layers:
+            return None
+        lengths = sorted({binding.layer.stray for binding in self.bindings})
+        return (
+            f"layout= tells {layout.query_tokens} tokens and no self-attention call had so many; queries had "
+            f"{', '.join(map(str, lengths))}. Count all tokens of the call, text too."
+        )
+
     def _check_lengths(self, layout: TokenLayout) -> None:
-        """Raises where the last forward made no call of the length that picks the modules."""
-        if self.bindings and not self.layers:
-            lengths = sorted({binding.layer.stray for binding in self.bindings})
-            raise InvalidInputError(
-                f"layout= tells {layout.query_tokens} tokens and no self-attention call had so many; queries had "
-                f"{', '.join(map(str, lengths))}. Count all tokens of the call, text too."
-            )
+        if (misfit := self.misfit(layout)) is not None:
+            raise InvalidInputError(misfit)
 
     def _warn_of_no_step(self, model: nn.Module) -> None:
         """Warns once where a pipeline may be running whose scheduler we do not know."""
@@ -267,7 +279,7 @@ class Attachment:
                 "%s stays dense in every step of this run of %d (%s); name fewer steps, or a share such as 0.25.",
                 type(model).__name__,
                 steps,
-                self.schedule,
+                self.schedule.to_dict(),
             )
 
     def _draw_seed(self, latents: torch.Tensor, step: int | None) -> None:

@@ -44,21 +44,20 @@ def self_attention(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     """
     # Blocks that were compiled one by one carry the wrapper's name in their own.
     named = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
+    attention = {name: module for name, module in named if name and hasattr(module, "processor")}
     # Some UNets look at the text alone where others look at themselves.
     found = {
         name: module
-        for name, module in named
-        if name
-        and (family.by_length or family.modules.fullmatch(name))
-        and hasattr(module, "processor")
-        and not getattr(module, "is_cross_attention", False)
+        for name, module in attention.items()
+        if (family.by_length or family.modules.fullmatch(name)) and not getattr(module, "is_cross_attention", False)
     }
     if not found:
         like = "" if family.by_length else f" named like {family.modules.pattern!r}"
         raise UnsupportedError(
             f"this {type(model).__name__} has no module{like} that has an attention processor and is no "
             f"cross-attention; family {family.name!r} does not describe it. Say with modules= which are its "
-            "self-attention modules, or correct its row in fastdiff_patches.families."
+            f"self-attention modules; with a processor it has {', '.join([*attention][:8]) or 'none'}"
+            f"{' and others' if len(attention) > 8 else ''}."
         )
     return found
 

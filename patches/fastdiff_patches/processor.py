@@ -222,6 +222,11 @@ class Layer:
             query, key, value = (F.pad(x, (0, 0, 0, 0, 0, self.tokens - queries)) for x in (query, key, value))
             seen = (torch.arange(self.tokens, device=key.device) < queries).expand(len(key), -1)
             key_mask = seen if key_mask is None else seen & F.pad(key_mask, (0, self.tokens - queries))
+        elif queries != self.tokens and "block_input" not in self.needs and not torch.compiler.is_compiling():
+            raise InvalidInputError(
+                f"{self.name} was called with {queries} tokens and the layout has {self.tokens}; if you gave layout=, "
+                "count the tokens of this call there, text only where it is in the same sequence."
+            )
         out = self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, key_mask))[:, :queries]
         return out if shares is None else shares.scatter(out)
 

@@ -63,8 +63,8 @@ def family_of(
             f"{type(model).__name__} is not described, so where its tokens stand is not known. Describe it: "
             "fastdiff.apply(model, config, layout=lambda inputs: TokenLayout.self_attention(Grid(frames, height, "
             "width))), where inputs are the arguments of its forward by name, and text_before= or text_after= counts "
-            "text in the same sequence. Described, and classes derived from them too, are "
-            f"{', '.join(sorted(FAMILIES))}."
+            "text in the same sequence. Of a pipeline give the pipeline itself or its denoiser (transformer, unet); "
+            "`fastdiff models` lists what is described."
         )
     if told is not None:
         if not callable(told):
@@ -84,7 +84,12 @@ def family_of(
 
 
 def _checked(told: Callable[[Mapping[str, Any]], TokenLayout], config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
-    layout = told(inputs)
+    try:
+        layout = told(inputs)
+    except KeyError as error:
+        raise InvalidInputError(
+            f"layout= asks for the argument {error}; the forward was given {', '.join(inputs)}."
+        ) from error
     if not isinstance(layout, TokenLayout) or layout.query != layout.key:
         raise InvalidInputError(
             f"layout= gave {layout!r}; it must give the TokenLayout of self-attention, for example "
