@@ -1,5 +1,6 @@
 """README.md: its numbers are those of the result files, its links lead somewhere, its commands exist."""
 
+import importlib
 import json
 import re
 import shlex
@@ -63,7 +64,9 @@ def test_code_names_what_exists(code):
     import fastdiff
 
     compile(code, "README.md", "exec")
-    assert all(hasattr(fastdiff, name) for name in re.findall(r"fastdiff\.(\w+)", code))
+    assert all(hasattr(fastdiff, name) for name in re.findall(r"(?<!from )fastdiff\.(\w+)", code))
+    for module, name in re.findall(r"^from (fastdiff\.\w+) import (\w+)$", code, flags=re.MULTILINE):
+        assert hasattr(importlib.import_module(module), name)
 
 
 class TestScript:
