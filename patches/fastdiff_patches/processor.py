@@ -222,7 +222,8 @@ class Layer:
             query, key, value = (F.pad(x, (0, 0, 0, 0, 0, self.tokens - queries)) for x in (query, key, value))
             seen = (torch.arange(self.tokens, device=key.device) < queries).expand(len(key), -1)
             key_mask = seen if key_mask is None else seen & F.pad(key_mask, (0, self.tokens - queries))
-        elif queries != self.tokens and "block_input" not in self.needs and not torch.compiler.is_compiling():
+        # Compiling comes first: code that had read the number would be for one size alone.
+        elif not torch.compiler.is_compiling() and queries != self.tokens and "block_input" not in self.needs:
             raise InvalidInputError(
                 f"{self.name} was called with {queries} tokens and the layout has {self.tokens}; if you gave layout=, "
                 "count the tokens of this call there, text only where it is in the same sequence."
