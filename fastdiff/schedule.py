@@ -80,6 +80,9 @@ class DenseSchedule:
         check_range("dense_steps", self.first_steps, steps, f"this run has {steps} steps")
         check_range("last_steps", self.last_steps, steps, f"this run has {steps} steps")
 
+    def __str__(self) -> str:
+        return str(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: `{"dense_steps": 12, "dense_layers": [0, -1]}`, the rest only where it is set."""
         kept = {key: getattr(self, name) for key, name in _KEYS.items()}

@@ -48,17 +48,15 @@ def varying():
 def test_processors_that_do_not_stand(way):
     pipe = tiny_wan_pipeline()
     wan, stock = pipe.transformer, pipe.transformer.attn_processors
+    first = next(iter(stock))
     config = fastdiff.RadialConfig(block_size=32)
     if way == "not set":
         made = fastdiff.processors(pipe, config)
         assert made.keys() == stock.keys()
     else:
         fastdiff.apply(pipe, config)
-        wan.set_attn_processor(
-            stock
-            if way != "one of two"
-            else wan.attn_processors | {first: stock[first] for first in [next(iter(stock))]}
-        )
+        kept = wan.attn_processors if way == "one of two" else stock
+        wan.set_attn_processor({**kept, first: stock[first]})
     layers = fastdiff.summary(pipe, grid="5x6x7").models[0].layers
     assert [layer.why for layer in layers if layer.dense][:1] == [
         "its processor is not fastdiff's: not set, or replaced"

@@ -27,7 +27,7 @@ from fastdiff_kernels.export import fa4_version
 from fastdiff_patches.planner import Extras
 
 from .record import milliseconds
-from .rivals import Attend, FA4Blocks, FlexBlocks, OwnBlocks, dense_kernels, why_missing
+from .rivals import Attend, Blocks, FA4Blocks, FlexBlocks, OwnBlocks, dense_kernels, why_missing
 from .shapes import EveryBlock, RandomBlocks, RandomParo, Shape
 from .truth import check_agents, check_gradients, check_output
 
@@ -105,9 +105,7 @@ class Bench:
         if self.shape.backward:
             self._backward(kernel, plan, attend, self.inputs, self.upstream, lambda *grads: grads)
 
-    def _in_order(
-        self, kernel: str, plan: BlockPlan, blocks: OwnBlocks | FlexBlocks | FA4Blocks, backward: bool
-    ) -> None:
+    def _in_order(self, kernel: str, plan: BlockPlan, blocks: Blocks, backward: bool) -> None:
         """A kernel that wants its tensors in the plan's order, which is outside the timing."""
         inputs = blocks.slots(*self.inputs)
         (out,) = blocks.tokens(blocks.attend(*inputs))

@@ -70,16 +70,16 @@ def _fa4(q, k, v):
     return flash_attn_func(q, k, v)[0]
 
 
-class OwnBlocks:
-    """fastdiff's kernel as those of others are timed: on tensors that stand in the plan's order, so that none moves.
+class Blocks:
+    """One kernel on the blocks of a plan, of tensors that stand in the plan's order already.
 
     Args:
         plan: On the device of the tensors.
+        attend: The kernel.
     """
 
-    def __init__(self, plan: BlockPlan):
-        settled = replace(plan, query=_as_they_stand(plan.query), key=_as_they_stand(plan.key))
-        self.attend = lambda q, k, v: attention(q, k, v, settled)
+    def __init__(self, plan: BlockPlan, attend: Attend):
+        self.attend = attend
         self._sides = plan.query, plan.key, plan.key
 
     def slots(self, *tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -91,45 +91,39 @@ class OwnBlocks:
         return [from_slots(x, side) for x, side in zip(slots, self._sides, strict=False)]
 
 
+class OwnBlocks(Blocks):
+    """fastdiff's kernel as those of others are timed, so that no token moves."""
+
+    def __init__(self, plan: BlockPlan):
+        settled = replace(plan, query=_as_they_stand(plan.query), key=_as_they_stand(plan.key))
+        super().__init__(plan, lambda q, k, v: attention(q, k, v, settled))
+
+
 def _as_they_stand(side: Side) -> Side:
     slots = torch.arange(side.slots, dtype=torch.int32, device=side.order.device)
     return replace(side, tokens=side.slots, order=slots[None])
 
 
-class FlexBlocks:
-    """FlexAttention on the blocks of a plan, compiled, of tensors that stand in the plan's order already.
-
-    Args:
-        plan: On the device of the tensors.
-    """
+class FlexBlocks(Blocks):
+    """FlexAttention, compiled; its tensors are `[1, heads, slots, head_dim]`, zero for padding."""
 
     def __init__(self, plan: BlockPlan):
         mask = flex_block_mask(plan)
         compiled = torch.compile(flex_attention, dynamic=False)
-        self.attend = lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=flex_tiles(plan, q))
-        self._sides = plan.query, plan.key, plan.key
+        super().__init__(plan, lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=flex_tiles(plan, q)))
 
     def slots(self, *tokens: torch.Tensor) -> list[torch.Tensor]:
-        """What belongs to q, to k and to v in the plan's order, `[1, heads, slots, head_dim]`, zero for padding.
-
-        Queries of padding must leave no trace in gradients.
-        """
-        found = []
-        for x, side in zip(tokens, self._sides, strict=False):
-            padding = (side.order < 0).t()[None, :, :, None]
-            found.append(to_slots(x, side).masked_fill(padding, 0).transpose(1, 2).contiguous())
-        return found
+        # Queries of padding must leave no trace in gradients.
+        padding = ((side.order < 0).t()[None, :, :, None] for side in self._sides)
+        found = zip(super().slots(*tokens), padding, strict=False)
+        return [x.masked_fill(nothing, 0).transpose(1, 2).contiguous() for x, nothing in found]
 
     def tokens(self, *slots: torch.Tensor) -> list[torch.Tensor]:
-        """The same back, `[1, tokens, heads, head_dim]`."""
-        return [from_slots(x.transpose(1, 2), side) for x, side in zip(slots, self._sides, strict=False)]
+        return super().tokens(*(x.transpose(1, 2) for x in slots))
 
 
-class FA4Blocks:
-    """FlashAttention-4 on the blocks of a plan, of tensors that stand in the plan's order already.
-
-    Args:
-        plan: On the device of the tensors.
+class FA4Blocks(Blocks):
+    """FlashAttention-4; its tensors have no padding.
 
     Raises:
         UnsupportedError: If it cannot take the plan, see `fa4_lists`.
@@ -137,13 +131,7 @@ class FA4Blocks:
 
     def __init__(self, plan: BlockPlan):
         call = fa4_call(plan)
-        self.attend = lambda q, k, v: call(q, k, v)[0]
-        self._sides = plan.query, plan.key, plan.key
+        super().__init__(plan, lambda q, k, v: call(q, k, v)[0])
 
     def slots(self, *tokens: torch.Tensor) -> list[torch.Tensor]:
-        """What belongs to q, to k and to v in the plan's order, `[1, tokens, heads, head_dim]`."""
-        return [to_slots(x, side)[:, : side.tokens] for x, side in zip(tokens, self._sides, strict=False)]
-
-    def tokens(self, *slots: torch.Tensor) -> list[torch.Tensor]:
-        """The same back."""
-        return [from_slots(x, side) for x, side in zip(slots, self._sides, strict=False)]
+        return [x[:, : side.tokens] for x, side in zip(super().slots(*tokens), self._sides, strict=False)]

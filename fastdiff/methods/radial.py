@@ -162,9 +162,10 @@ class RadialConfig(MethodConfig):
                 config = lowest
         floor = reached(config)
         block = config.block_for(grid)
-        instead = f"use more frames or {smaller_blocks(block, 'more tokens a frame')}"
         if grid.frames == 1:
             instead = "radial leaves out nothing within a frame: take neighborhood, clear, paro or agent"
+        else:
+            instead = f"use more frames or {smaller_blocks(block, 'more tokens a frame')}"
         raise below_floor(cls.method, density, grid, floor, f"with blocks of {block}", instead)
 
 

@@ -190,7 +190,8 @@ class Attachment:
             return
         inputs = kwargs if not args else inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         layout = self.family.layout(getattr(model, "config", None), inputs)
-        self._check_lengths(layout)
+        if (misfit := self.misfit(layout)) is not None:
+            raise InvalidInputError(misfit)
         step, steps = self.steps.read(inputs.get("timestep"))
         if steps is not None and steps != self.steps_seen:
             self.steps_seen = steps
@@ -256,10 +257,6 @@ class Attachment:
             f"{', '.join(map(str, lengths))}. Count all tokens of the call, text too."
         )
 
-    def _check_lengths(self, layout: TokenLayout) -> None:
-        if (misfit := self.misfit(layout)) is not None:
-            raise InvalidInputError(misfit)
-
     def _warn_of_no_step(self, model: nn.Module) -> None:
         """Warns once where a pipeline may be running whose scheduler we do not know."""
         if not self._warned:
@@ -279,7 +276,7 @@ class Attachment:
                 "%s stays dense in every step of this run of %d (%s); name fewer steps, or a share such as 0.25.",
                 type(model).__name__,
                 steps,
-                self.schedule.to_dict(),
+                self.schedule,
             )
 
     def _draw_seed(self, latents: torch.Tensor, step: int | None) -> None:

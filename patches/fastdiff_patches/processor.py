@@ -210,26 +210,27 @@ class Layer:
             query, key, value = (shares.gather(x) for x in (query, key, value))
             key_mask = None if key_mask is None else shares.gather_mask(key_mask)
         queries = query.shape[1]
+        # Compiled code that had read how many tokens the layout has would be for one size alone.
+        if not torch.compiler.is_compiling():
+            self._check_length(queries)
         if self.family.text_varies:
             # The plan is that of the longest text. No branch, since torch.compile may not know the lengths.
             if torch.compiler.is_compiling():
                 torch._check(queries <= self.tokens)
-            elif queries > self.tokens:
-                raise InvalidInputError(
-                    f"{self.name} was called with {queries} tokens and the layout has {self.tokens}; count all tokens "
-                    "of the call in layout=, text too."
-                )
             query, key, value = (F.pad(x, (0, 0, 0, 0, 0, self.tokens - queries)) for x in (query, key, value))
             seen = (torch.arange(self.tokens, device=key.device) < queries).expand(len(key), -1)
             key_mask = seen if key_mask is None else seen & F.pad(key_mask, (0, self.tokens - queries))
-        # Compiling comes first: code that had read the number would be for one size alone.
-        elif not torch.compiler.is_compiling() and queries != self.tokens and "block_input" not in self.needs:
-            raise InvalidInputError(
-                f"{self.name} was called with {queries} tokens and the layout has {self.tokens}; if you gave layout=, "
-                "count the tokens of this call there, text only where it is in the same sequence."
-            )
         out = self.planner.attend(query, key, value, self.plan, self._extras(inputs, scale, key_mask))[:, :queries]
         return out if shares is None else shares.scatter(out)
+
+    def _check_length(self, queries: int) -> None:
+        # Text may come without its padding, and a method may have merged tokens.
+        fewer = self.family.text_varies or "block_input" in self.needs
+        if queries > self.tokens or (queries < self.tokens and not fewer):
+            raise InvalidInputError(
+                f"{self.name} was called with {queries} tokens and the layout has {self.tokens}; count all tokens of "
+                "the call in layout=, text too where it is in the same sequence."
+            )
 
     def _shares(self, parallel: Any) -> Ulysses | None:
         config = None if parallel is None else parallel.context_parallel_config

@@ -1,8 +1,8 @@
 """Makes a stock attention processor call a layer of ours where it calls its attention function.
 
-Every softmax processor of diffusers reaches its attention
-through one of two global names of its module. So its code is kept as it is and run under a copy of the module's
-globals in which those names are ours, by a subclass that an adopted processor gets as its class.
+Every softmax processor of diffusers reaches its attention through one of two global names of its module. So its code is
+kept as it is and run under a copy of the module's globals in which those names are ours, by a subclass that an adopted
+processor gets as its class.
 """
 
 from __future__ import annotations
